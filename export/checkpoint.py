@@ -1,0 +1,232 @@
+"""Checkpoints: safetensors plus JSON in a Hugging Face folder; a run folder holds several.
+
+A checkpoint folder appears under its name only when every byte of it is on disk, and a run's
+pointer file is replaced in one step; so whatever kills the process, what was there before is
+there still.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gptrt.errors import CheckpointError
+from gptrt.format import CONFIG_FILE, TOKENIZER_FILE, ModelConfig, read_json
+
+from .families import family_for, family_named
+from .model import GPT
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LINEAGE_FILE = "lineage.json"
+POINTER_FILE = "checkpoints.json"  # in a run folder: {"best": folder name, "last": folder name}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in memory: what `load_checkpoint` gives and `save_checkpoint` writes.
+
+    `state` bears the names of `GPT`; `lineage` says where the weights come from.
+    """
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    tokenizer: Tokenizer | None
+    lineage: dict[str, str]
+
+    def model(self, dropout: float = 0.0) -> GPT:
+        model = GPT(self.config, dropout)
+        model.load_state_dict(self.state)
+        return model
+
+
+def run_pointer(run: Path) -> dict[str, str]:
+    """Which checkpoint folders of a run are the best and the last; empty for other folders."""
+    path = run / POINTER_FILE
+    if not path.is_file():
+        return {}
+    value = read_json(path, error=CheckpointError)
+    names = ("best", "last")
+    if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in names):
+        raise CheckpointError(f"'best' and 'last' in {path}", found=str(value), do="restore it")
+    return {name: value[name] for name in names}
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder that holds the weights: `path` itself, or the best checkpoint of a run."""
+    pointer = run_pointer(path)
+    return path / pointer["best"] if pointer else path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a run folder of ours or a Hugging Face folder. Raises CheckpointError.
+
+    Weights are widened to fp32, the precision in which everything here is computed.
+    """
+    folder = resolve_checkpoint(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"a checkpoint in {path} (a run folder, or {CONFIG_FILE} with *.safetensors)",
+            found="no such folder" if not folder.is_dir() else f"no {CONFIG_FILE}",
+            do="give the folder that training wrote, or a Hugging Face model folder",
+        )
+    raw = read_json(folder / CONFIG_FILE, error=CheckpointError)
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"an object in {CONFIG_FILE}", found=type(raw).__name__, do="fix it")
+    family = family_named(str(raw.get("model_type")))
+    config = family.from_json(raw)
+    state = family.from_tensors(config, dict(_read_tensors(folder)))
+    state = {name: tensor.float().contiguous() for name, tensor in state.items()}
+    _check_shapes(config, state, folder)
+    lineage = folder / LINEAGE_FILE
+    return Checkpoint(
+        config,
+        state,
+        load_tokenizer(folder / TOKENIZER_FILE) if (folder / TOKENIZER_FILE).exists() else None,
+        read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
+    )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizer.json`. Raises CheckpointError."""
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as e:  # the library raises plain Exception
+        raise CheckpointError(f"a tokenizer in {path}", found=str(e), do="restore it") from e
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                    yield name, tensors.get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(
+                f"safetensors in {file}", found=str(e), do="the file is damaged: restore it"
+            ) from e
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX_FILE).is_file():
+        index = read_json(folder / INDEX_FILE, error=CheckpointError)
+        files = [folder / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+    else:
+        files = [folder / WEIGHTS_FILE]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"the weights in {folder}", found=f"no {', '.join(missing)}", do="copy all files again"
+        )
+    return files
+
+
+def _check_shapes(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> None:
+    """Every fault at once: what is missing, what is left over, what has another shape."""
+    with torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    faults = [f"{name} is missing" for name in wanted.keys() - state.keys()]
+    faults += [f"{name} is unknown" for name in state.keys() - wanted.keys()]
+    faults += [
+        f"{name} has shape {list(state[name].shape)}, wanted {list(wanted[name])}"
+        for name in wanted.keys() & state.keys()
+        if state[name].shape != wanted[name]
+    ]
+    if faults:
+        raise CheckpointError(
+            f"weights in {folder} that fit its {CONFIG_FILE}",
+            found="; ".join(sorted(faults)),
+            do="restore both files from the same model",
+        )
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path, extra: dict[str, Any] | None = None) -> None:
+    """Write a Hugging Face folder in one step. `extra` maps more file names to tensors or JSON."""
+    family = family_for(checkpoint.config)
+    config = family.to_json(checkpoint.config) | {"dtype": "float32"}
+    tensors = family.to_tensors(checkpoint.config, checkpoint.state)
+    with written_whole(folder) as temporary:
+        save_tensors(tensors, temporary / WEIGHTS_FILE)
+        write_json(temporary / CONFIG_FILE, config | _special_tokens(checkpoint.tokenizer))
+        write_json(temporary / LINEAGE_FILE, checkpoint.lineage)
+        if checkpoint.tokenizer is not None:
+            text = checkpoint.tokenizer.to_str()
+            (temporary / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        for name, content in (extra or {}).items():
+            write = save_tensors if name.endswith(".safetensors") else _write_json_to
+            write(content, temporary / name)
+
+
+def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    from .tokenization import END_OF_TEXT
+
+    end = tokenizer.token_to_id(END_OF_TEXT) if tokenizer else None
+    return {"bos_token_id": end, "eos_token_id": end}
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_json_to(value: Any, path: Path) -> None:
+    write_json(path, value)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well.
+
+    Everything in it is flushed to disk before the rename; on an error it is removed. What a
+    killed process leaves behind has a name that starts with a dot and is never read.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if target.exists():  # only where the caller has agreed to replace it
+            old = temporary.with_suffix(".old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Replace a small JSON file in one step."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write_json(temporary, value)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,191 @@
+"""Text to token ids on disk, and token ids to batches: nothing is ever held in memory whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from gptrt.errors import DataError
+
+from .tokenization import END_OF_TEXT
+
+Ids = NDArray[np.int64]
+
+TRAIN_IDS, VALID_IDS = "train.bin", "valid.bin"
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+_PIECE = 1 << 20  # characters read at a time
+_DTYPE = np.dtype("<u4")  # one width for every vocabulary: simple, and the disk is patient
+
+
+def find_texts(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and the text files inside the folders named. Raises DataError."""
+    found: list[Path] = []
+    faults: list[str] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+            found.extend(inside)
+            if not inside:
+                faults.append(f"no {', '.join(TEXT_SUFFIXES)} file in {path}")
+        elif path.is_file():
+            found.append(path)
+        else:
+            faults.append(f"no file or folder {path}")
+    if faults or not found:
+        raise DataError("text files", found="; ".join(faults) or "none", do="check the paths")
+    return found
+
+
+def read_pieces(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of about a megabyte, each ending where a word ends.
+
+    Cut before a single space between two words, a place where byte-level BPE cuts in any case,
+    so that the pieces have the same tokens as the whole. Raises DataError if it is not UTF-8.
+    """
+    rest = ""
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            while more := stream.read(_PIECE):
+                text = rest + more
+                cut = _last_word_gap(text)
+                rest = text[cut:]
+                if cut:
+                    yield text[:cut]
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"UTF-8 text in {path}",
+            found=f"byte {e.object[e.start]:#04x} ({e.reason})",
+            do="convert the file to UTF-8 or leave it out",
+        ) from e
+    except OSError as e:
+        raise DataError(f"to read {path}", found=e.strerror or str(e), do="check the file") from e
+    if rest:
+        yield rest
+
+
+def _last_word_gap(text: str) -> int:
+    """Where the last ' x' with a non-space on both sides begins; 0 if there is none."""
+    at = len(text) - 1
+    while (at := text.rfind(" ", 1, at)) > 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+    return 0
+
+
+def tokenize(
+    paths: Iterable[Path], tokenizer: Tokenizer, target: Path, *, held_out: float = 0.0
+) -> tuple[int, Ids]:
+    """Write the ids of all files to `target`, each file closed by the end-of-text token.
+
+    Returns how many ids were written, and the last `held_out` share of every file, which is left
+    out of `target`. The file appears under its name only when it is whole.
+    """
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    partial = target.with_name(target.name + ".partial")
+    held: list[NDArray[np.uint32]] = []
+    with partial.open("w+b") as out:
+        for path in paths:
+            start = out.tell()
+            for piece in read_pieces(path):
+                np.asarray(_encode(tokenizer, piece, path), _DTYPE).tofile(out)
+            if end is not None:
+                np.asarray([end], _DTYPE).tofile(out)
+            written = (out.tell() - start) // _DTYPE.itemsize
+            if keep_back := int(written * held_out):
+                cut = out.tell() - keep_back * _DTYPE.itemsize
+                out.seek(cut)
+                held.append(np.fromfile(out, _DTYPE))
+                out.seek(cut)
+                out.truncate()
+        total = out.tell() // _DTYPE.itemsize
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(target)
+    return total, np.concatenate(held).astype(np.int64) if held else np.zeros(0, np.int64)
+
+
+def _encode(tokenizer: Tokenizer, text: str, path: Path) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+    except Exception as e:  # the library raises plain Exception
+        raise DataError(
+            f"text that the tokenizer knows in {path}",
+            found=str(e),
+            do="train a tokenizer on this text, or use a byte-level one",
+        ) from e
+
+
+def save_ids(ids: Ids, target: Path) -> None:
+    """Write ids as `tokenize` does, whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    ids.astype(_DTYPE).tofile(partial)
+    partial.replace(target)
+
+
+def open_ids(path: Path) -> NDArray[np.uint32]:
+    """The ids of a file that `tokenize` wrote, memory-mapped."""
+    if not path.is_file() or path.stat().st_size == 0:
+        raise DataError(f"token ids in {path}", found="nothing", do="give --data again")
+    return np.memmap(path, _DTYPE, "r")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of `length` + 1 ids, drawn without repetition inside an epoch.
+
+    What a step sees is a function of (seed, step) alone: to resume there is no state to restore,
+    and a resumed run reads exactly what an uninterrupted one would have read.
+    """
+
+    ids: NDArray[np.uint32]
+    length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.ids) <= self.length:
+            raise DataError(
+                f"more than {self.length} tokens",
+                found=f"{len(self.ids)}",
+                do="give more text, or a preset with a shorter context",
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        # One window fewer than fits leaves room to shift the grid from epoch to epoch.
+        return max(1, (len(self.ids) - 1) // self.length - 1)
+
+    def batch(self, step: int, size: int) -> Ids:
+        """Ids [size, length + 1] of a step, counted from 0: inputs [:, :-1], targets [:, 1:]."""
+        serial = range(step * size, (step + 1) * size)
+        return np.stack([self._window(*divmod(n, self.per_epoch)) for n in serial])
+
+    def _window(self, epoch: int, index: int) -> Ids:
+        shift, order = _epoch_order(self.seed, epoch, self.per_epoch, self._slack)
+        start = shift + int(order[index]) * self.length
+        return self.ids[start : start + self.length + 1].astype(np.int64)
+
+    @property
+    def _slack(self) -> int:
+        return len(self.ids) - 1 - self.per_epoch * self.length
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int, slack: int) -> tuple[int, NDArray[np.uint32]]:
+    random = np.random.default_rng([seed, epoch])
+    return int(random.integers(slack + 1)), random.permutation(count).astype(np.uint32)
+
+
+def in_order(ids: NDArray[np.uint32], length: int, size: int) -> Iterator[Ids]:
+    """All whole windows of `ids` one after another, [up to size, length + 1] at a time."""
+    count = (len(ids) - 1) // length
+    for first in range(0, count, size):
+        starts = range(first * length, min(first + size, count) * length, length)
+        yield np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64)

@@ -1,0 +1,194 @@
+"""The model: one decoder-only GPT for training, for fine-tuning and for export.
+
+Parameters bear the names of GPT-2's own checkpoints (`wte`, `c_attn`, `mlp.c_fc` ...), also
+where a Llama-like family stores the same matrix in parts: `c_attn` holds query, key and value
+one below the other, and with SwiGLU `c_fc` holds gate and up.
+
+What differs between training and export is attention alone, so attention is a value that
+`GPT.forward` receives: `CausalAttention` here, the graph's cached attention in `graph.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptrt.format import ModelConfig
+
+# (layer, query [batch, seq, n_head * head_dim], key and value [batch, seq, n_kv_head * head_dim])
+# -> what the heads gathered: [batch, seq, n_head * head_dim]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Projections around `attend`: one matrix in, one matrix out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.widths = (width, kv_width, kv_width)
+        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        query, key, value = self.c_attn(x).split(self.widths, dim=-1)
+        projected: Tensor = self.c_proj(attend(query, key, value))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """GELU as in GPT-2, or SwiGLU (https://arxiv.org/abs/2002.05202) as in Llama."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        fan_out = 2 * config.n_inner if config.activation == "swiglu" else config.n_inner
+        self.c_fc = nn.Linear(config.n_embd, fan_out, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.c_proj(self._activate(self.c_fc(x)))
+        return projected
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            gate, up = x.chunk(2, dim=-1)  # each [batch, seq, n_inner]
+            return F.silu(gate) * up
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), attend))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer; `config` says which family."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
+        self._initialize()
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [batch, kept, vocab] for ids [batch, seq].
+
+        `keep` [1] asks for the last so many positions only (0: all), since the head is a third
+        of a small model's work.
+        """
+        x = self.hidden(ids, positions, attend)
+        if keep is not None:
+            x = keep_last(x, keep)  # [batch, kept, n_embd]
+        logits: Tensor = self.lm_head(x)
+        return logits
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
+        """What the head reads: [batch, seq, n_embd]. Positions count from 0 if not given."""
+        attend = attend or CausalAttention(self.config)
+        x = self.wte(ids)  # [batch, seq, n_embd]
+        if self.config.positions == "learned":
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device)
+            x = x + self.wpe(positions)
+        x = self.dropout(x)
+        for layer, block in enumerate(self.h):
+            x = block(x, partial(attend, layer))
+        normed: Tensor = self.ln_f(x)
+        return normed
+
+    def _initialize(self) -> None:
+        """GPT-2's initialization: N(0, 0.02), projections into the residual stream scaled down
+        by the square root of how many of them add up."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+
+
+def keep_last(x: Tensor, keep: Tensor) -> Tensor:
+    """The last `keep` positions of x [batch, seq, n]; all of them where `keep` is 0."""
+    seq = x.shape[1]
+    wanted = torch.where(keep == 0, seq, keep)
+    return x.index_select(1, torch.arange(seq, device=x.device)[-wanted.item() :])
+
+
+class CausalAttention:
+    """Attention over the sequence itself: PyTorch's kernel, rotary positions where wanted."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._rotary: tuple[Tensor, Tensor] | None = None  # the same for every layer
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        del layer  # no layer differs
+        query, key, value = (self._heads(x) for x in (query, key, value))
+        if self.config.positions == "rotary":
+            cos, sin = self._tables(query)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        grouped = self.config.n_head != self.config.n_kv_head
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        return y.transpose(1, 2).flatten(2)  # [batch, seq, n_head * head_dim]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [batch, head, seq, dim]
+
+    def _tables(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rotary is None:
+            cos, sin = rotary_tables(self.config, query.shape[2])
+            self._rotary = cos.to(query), sin.to(query)
+        return self._rotary
+
+
+def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, head_dim / 2] of RoPE (https://arxiv.org/abs/2104.09864)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), config.rope_theta**-exponents)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + head_dim/2) of x [batch, head, seq, dim], as Llama stores them."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)

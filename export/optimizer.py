@@ -1,0 +1,97 @@
+"""The optimizers: Muon for the matrices of the blocks, AdamW for everything else.
+
+Muon (https://kellerjordan.github.io/posts/muon/) takes steps whose singular values are all one;
+on matrices it needs about half the steps of AdamW. Embeddings, head, norms and biases are not
+maps between residual streams, so they stay with AdamW. Both come from PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gptrt.format import bounded
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Learning rates are peaks, reached after warm-up; `matrix_lr` is Muon's."""
+
+    kind: Literal["muon", "adamw"] = "muon"
+    lr: float = bounded(0.0, 10.0, default=3e-3)
+    matrix_lr: float = bounded(0.0, 10.0, default=0.02)
+    weight_decay: float = bounded(0.0, 10.0, default=0.1)
+    beta1: float = bounded(0.0, 1.0, default=0.9)
+    beta2: float = bounded(0.0, 1.0, default=0.95)
+    momentum: float = bounded(0.0, 1.0, default=0.95)
+
+
+class Optimizer:
+    """One or two PyTorch optimizers that step as one, their state kept by parameter name."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        named = dict(model.named_parameters())  # a tied matrix appears once
+        matrices = {
+            n: p for n, p in named.items() if config.kind == "muon" and n[:2] == "h." and p.ndim == 2
+        }
+        rest = {n: p for n, p in named.items() if n not in matrices}
+        self._names = {p: n for n, p in named.items()}
+        self._parts: list[torch.optim.Optimizer] = [_adamw(rest, config)]
+        if matrices:
+            self._parts.append(_muon(matrices, config))
+        self._peaks = [[group["lr"] for group in part.param_groups] for part in self._parts]
+
+    def step(self, scale: float) -> None:
+        """One step at `scale` times the peak learning rates; gradients are cleared."""
+        for part, peaks in zip(self._parts, self._peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """All moments, flat: '<parameter>/<moment>' -> tensor."""
+        return {
+            f"{self._names[parameter]}/{key}": torch.as_tensor(value)
+            for part in self._parts
+            for parameter, moments in part.state.items()
+            for key, value in moments.items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state()` gave, for the same model and config."""
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for path, value in state.items():
+            name, key = path.rsplit("/", 1)
+            by_name.setdefault(name, {})[key] = value
+        for part in self._parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    if moments := by_name.get(self._names[parameter]):
+                        part.state[parameter] = moments
+
+
+def _adamw(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Weight decay on matrices only: norms and biases have no reason to shrink."""
+    groups = [
+        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+
+
+def _muon(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.Muon(
+        list(named.values()),
+        lr=config.matrix_lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+    )

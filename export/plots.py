@@ -1,0 +1,49 @@
+"""Pictures of what people would rather see than read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def plot_losses(log: Path, target: Path) -> None:
+    """Training and validation loss of a run's log against steps, as a PNG."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    figure, axes = new_figure()
+    if steps:
+        x, y = zip(*steps, strict=True)
+        axes.plot(x, y, color="0.8", linewidth=0.8)
+        axes.plot(x, _smooth(y), color="tab:blue", label="training (smoothed)")
+    if valid:
+        x, y = zip(*valid, strict=True)
+        axes.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
+        best = (x[y.index(min(y))], min(y))
+        axes.annotate(f"{min(y):.3f}", best, (0, -14), textcoords="offset points")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+
+
+def new_figure() -> tuple[Any, Any]:
+    """A figure that needs no display and touches no global state of pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _smooth(values: tuple[float, ...], weight: float = 0.95) -> list[float]:
+    """Exponential moving average, started without bias."""
+    smoothed, total, mass = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        smoothed.append(total / mass)
+    return smoothed

@@ -1,0 +1,43 @@
+"""Presets: a tokenizer, a shape and a way to train it, as data in `models/presets`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from gptrt.errors import CheckpointError
+from gptrt.format import ModelConfig, decode, read_json
+
+from .runs import TrainConfig
+from .tokenization import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    about: str
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    train: TrainConfig
+
+
+def preset_folder() -> Path:
+    """Installed, `models/` is the package `gptrt_models`; in a checkout it lies beside us."""
+    spec = find_spec("gptrt_models")
+    root = Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[1] / "models"
+    return root / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in preset_folder().glob("*.json"))
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by name. Raises CheckpointError, listing the names there are."""
+    if name not in preset_names():
+        raise CheckpointError(
+            f"a preset ({', '.join(preset_names())})", found=repr(name), do="choose one of these"
+        )
+    path = preset_folder() / f"{name}.json"
+    value = read_json(path, error=CheckpointError)
+    return decode(Preset, value, error=CheckpointError, source=str(path))

@@ -1,0 +1,265 @@
+"""A training run on disk: its configuration, its data, its checkpoints, its log.
+
+    RUN/run.json           RunConfig: everything that decides what training computes
+    RUN/data/*.bin         token ids, memory-mapped
+    RUN/step-00000400/     checkpoints, each a Hugging Face folder plus the state of training
+    RUN/checkpoints.json   which of them is the best and which the last
+    RUN/log.jsonl          one line a step, one line an evaluation
+    RUN/loss.png           the curves
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+
+from gptrt.errors import CheckpointError, TargetError
+from gptrt.format import ModelConfig, bounded, decode, read_json
+
+from . import data
+from .checkpoint import (
+    POINTER_FILE,
+    Checkpoint,
+    load_checkpoint,
+    replace_json,
+    run_pointer,
+    save_checkpoint,
+    write_json,
+)
+from .model import GPT
+from .optimizer import OptimizerConfig
+from .tokenization import TokenizerConfig, train_tokenizer
+
+RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. A run ends at `max_steps`, `max_time` seconds or when validation stops gaining.
+
+    `batch_size` windows of `seq_len` tokens make a micro-batch, `grad_accum` micro-batches a step.
+    The learning rate rises over `warmup_steps`, then falls along a cosine to `final_lr` of its peak.
+    """
+
+    seq_len: int = bounded(1, 1 << 20)
+    batch_size: int = bounded(1, 1 << 20, default=16)
+    grad_accum: int = bounded(1, 1 << 16, default=1)
+    max_steps: int = bounded(0, 1 << 40, default=1000)
+    max_time: float | None = bounded(0.0, 1e9, default=None)
+    warmup_steps: int = bounded(0, 1 << 40, default=50)
+    final_lr: float = bounded(0.0, 1.0, default=0.0)
+    grad_clip: float = bounded(0.0, 1e9, default=1.0)
+    dropout: float = bounded(0.0, 0.99, default=0.0)
+    eval_every: int = bounded(1, 1 << 40, default=250)
+    eval_tokens: int = bounded(1, 1 << 40, default=1 << 18)
+    patience: int | None = bounded(1, 1 << 20, default=None)  # evaluations without a gain
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = bounded(0, 1 << 62, default=0)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`run.json`."""
+
+    model: ModelConfig
+    train: TrainConfig
+    device: Literal["cpu", "cuda"]
+    lineage: dict[str, str]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where training stands: with the weights and the moments, all that `--resume` needs."""
+
+    step: int = bounded(0, 1 << 40, default=0)
+    elapsed_s: float = bounded(0.0, 1e12, default=0.0)
+    best_loss: float | None = None  # validation, nats a token
+    stale: int = bounded(0, 1 << 40, default=0)  # evaluations since best_loss fell
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    config: RunConfig
+
+    @property
+    def train_ids(self) -> Path:
+        return self.path / DATA_FOLDER / data.TRAIN_IDS
+
+    @property
+    def valid_ids(self) -> Path:
+        return self.path / DATA_FOLDER / data.VALID_IDS
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG_FILE
+
+    def last(self) -> tuple[Checkpoint, dict[str, torch.Tensor], State]:
+        """Weights, optimizer moments and state of the last checkpoint."""
+        from safetensors.torch import load_file
+
+        folder = self.path / run_pointer(self.path)["last"]
+        value = read_json(folder / STATE_FILE, error=CheckpointError)
+        state = decode(State, value, error=CheckpointError, source=str(folder / STATE_FILE))
+        moments = folder / OPTIMIZER_FILE
+        return load_checkpoint(folder), load_file(moments) if moments.is_file() else {}, state
+
+    def save(
+        self,
+        weights: dict[str, torch.Tensor],
+        moments: dict[str, torch.Tensor],
+        tokenizer: Tokenizer,
+        state: State,
+        *,
+        best: bool,
+    ) -> None:
+        """Add a checkpoint, point at it, and only then remove those that nothing points at."""
+        name = f"step-{state.step:08d}"
+        lineage = self.config.lineage | {
+            "steps": str(state.step),
+            "training_seconds": f"{state.elapsed_s:.0f}",
+            "tokens_seen": str(state.step * tokens_per_step(self.config.train)),
+        }
+        checkpoint = Checkpoint(self.config.model, weights, tokenizer, lineage)
+        extra: dict[str, Any] = {STATE_FILE: asdict(state)}
+        if moments:
+            extra[OPTIMIZER_FILE] = moments
+        save_checkpoint(checkpoint, self.path / name, extra)
+        pointer = run_pointer(self.path) or {"best": name}
+        pointer |= {"last": name} | ({"best": name} if best else {})
+        replace_json(self.path / POINTER_FILE, pointer)
+        for old in self.path.glob("step-*"):
+            if old.name not in pointer.values():
+                shutil.rmtree(old, ignore_errors=True)
+
+    def with_limits(self, max_steps: int | None, max_time: float | None) -> Run:
+        """The same run, ending elsewhere."""
+        train = self.config.train
+        if max_steps is not None:
+            train = replace(train, max_steps=max_steps)
+        if max_time is not None:
+            train = replace(train, max_time=max_time)
+        return replace(self, config=replace(self.config, train=train))
+
+
+def tokens_per_step(train: TrainConfig) -> int:
+    return train.seq_len * train.batch_size * train.grad_accum
+
+
+def open_run(path: Path) -> Run:
+    """An existing run. Raises CheckpointError."""
+    if not (path / RUN_FILE).is_file() or not run_pointer(path):
+        raise CheckpointError(
+            f"a training run in {path}",
+            found="nothing to resume",
+            do="start one with `gptrt-export train --preset NAME --data FILES --out RUN`",
+        )
+    value = read_json(path / RUN_FILE, error=CheckpointError)
+    config = decode(RunConfig, value, error=CheckpointError, source=str(path / RUN_FILE))
+    return Run(path, config)
+
+
+def create_run(
+    path: Path,
+    train: TrainConfig,
+    start: Checkpoint | ModelConfig,
+    *,
+    tokenizer: TokenizerConfig,
+    texts: list[Path],
+    held_out: list[Path],
+    held_out_share: float,
+    device: Literal["cpu", "cuda"],
+) -> Run:
+    """Prepare data, tokenizer and the first checkpoint of a run at `path`.
+
+    `start` is a checkpoint to fine-tune, whose tokenizer is kept, or a shape to train from scratch.
+    Raises TargetError if something else is there already.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise TargetError(
+            f"a new or empty folder {path}",
+            found="something there already",
+            do="choose another --out, or go on with --resume",
+        )
+    (path / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
+    checkpoint = start if isinstance(start, Checkpoint) else None
+    words = checkpoint.tokenizer if checkpoint else train_tokenizer(tokenizer, _pieces(texts))
+    if words is None:
+        raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
+    counts = _write_data(path / DATA_FOLDER, words, texts, held_out, held_out_share)
+    if isinstance(start, Checkpoint):
+        model_config, weights = start.config, start.state
+    else:
+        model_config = replace(start, vocab_size=words.get_vocab_size())
+        torch.manual_seed(train.seed)
+        weights = GPT(model_config).state_dict()
+    lineage = _lineage(checkpoint, texts, counts, train)
+    run = Run(path, RunConfig(model_config, train, device, lineage))
+    write_json(path / RUN_FILE, asdict(run.config))
+    run.save(weights, {}, words, State(), best=True)
+    return run
+
+
+def _pieces(texts: Iterable[Path]) -> Iterable[str]:
+    return chain.from_iterable(data.read_pieces(path) for path in texts)
+
+
+def _write_data(
+    folder: Path, tokenizer: Tokenizer, texts: list[Path], held_out: list[Path], share: float
+) -> tuple[int, int]:
+    """Token counts (train, valid); named validation files win over a share held out."""
+    if held_out:
+        trained, _ = data.tokenize(texts, tokenizer, folder / data.TRAIN_IDS)
+        valid, _ = data.tokenize(held_out, tokenizer, folder / data.VALID_IDS)
+        return trained, valid
+    trained, tail = data.tokenize(texts, tokenizer, folder / data.TRAIN_IDS, held_out=share)
+    data.save_ids(tail, folder / data.VALID_IDS)
+    return trained, len(tail)
+
+
+def _lineage(
+    start: Checkpoint | None, texts: list[Path], counts: tuple[int, int], train: TrainConfig
+) -> dict[str, str]:
+    names = [path.name for path in texts]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    before = {f"base_{key}": value for key, value in start.lineage.items()} if start else {}
+    return before | {
+        "data": shown,
+        "train_tokens": str(counts[0]),
+        "valid_tokens": str(counts[1]),
+        "optimizer": train.optimizer.kind,
+        "seed": str(train.seed),
+        "started": datetime.now(UTC).date().isoformat(),
+        "torch": version("torch"),
+        "machine": platform.machine(),
+    }
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop the lines that an interrupted process wrote after its last checkpoint."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a kill

@@ -1,0 +1,90 @@
+"""Making tokenizers: byte-level BPE, characters, or GPT-2's own files; always a tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import pre_tokenizers, trainers
+
+from gptrt.errors import CheckpointError, DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Typographic characters cost two or three byte tokens each and add nothing to a small model.
+_PLAIN = {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "..."}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer a preset trains. `plain_punctuation` maps curly quotes and dashes to ASCII."""
+
+    kind: Literal["bpe", "char"]
+    vocab_size: int = 8192
+    plain_punctuation: bool = False
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Learn a tokenizer from an iterable of texts. Raises DataError if there is no text."""
+    make = {"bpe": _train_bpe, "char": _train_characters}[config.kind]
+    return make(config, texts)
+
+
+def _train_bpe(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE as GPT-2 has it: every byte is a token, so any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    if config.plain_punctuation:
+        replacements = [normalizers.Replace(a, b) for a, b in _PLAIN.items()]
+        tokenizer.normalizer = normalizers.Sequence(replacements)
+    _make_byte_level(tokenizer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_characters(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """One token a character, in the order of code points; an unseen character is an error."""
+    del config  # the text decides the size
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    if not characters:
+        raise DataError("text", found="none", do="give files that are not empty")
+    vocabulary = {character: i for i, character in enumerate(sorted(characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
+    """GPT-2's `encoder.json` and `vocab.bpe` (also named vocab.json and merges.txt)."""
+    try:
+        vocabulary = json.loads(encoder.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    except (OSError, ValueError, Exception) as e:
+        raise CheckpointError(
+            f"GPT-2's vocabulary and merges in {encoder} and {merges}",
+            found=str(e),
+            do="restore the original files",
+        ) from e
+    _make_byte_level(tokenizer)
+    if END_OF_TEXT in vocabulary:
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return tokenizer
+
+
+def _make_byte_level(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,227 @@
+"""Training: from a run's last checkpoint to its end. To start and to resume are the same thing.
+
+What a step computes depends on (seed, step) and the checkpoint alone, so an interrupted run that
+goes on gives the same losses as one that was never interrupted, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from gptrt.errors import TrainingError
+
+from .data import Windows, in_order, open_ids
+from .loss import linear_cross_entropy
+from .model import GPT
+from .optimizer import Optimizer
+from .plots import plot_losses
+from .progress import ProgressBar
+from .runs import PLOT_FILE, Run, State, TrainConfig, tokens_per_step, truncate_log
+
+# bfloat16 halves the time of a wide product and costs two casts; below this width they eat the gain.
+_BF16_MIN_WIDTH = 192
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. Losses are validation losses in nats a token."""
+
+    steps: int
+    seconds: float
+    best_loss: float
+    reason: str  # "max_steps", "max_time", "patience" or "interrupted"
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.best_loss)
+
+
+def train(run: Run, bar: ProgressBar, interrupted: Callable[[], bool] = lambda: False) -> TrainResult:
+    """Train until a limit, or until `interrupted()`; checkpoints, log and picture are in the run.
+
+    Raises TrainingError when the loss is not a finite number; the last checkpoint stays good.
+    """
+    trainer = Trainer(run)
+    truncate_log(run.log, trainer.state.step)
+    with run.log.open("a") as log:
+        reason = _loop(trainer, log, bar, interrupted)
+    plot_losses(run.log, run.path / PLOT_FILE)
+    state = trainer.state
+    return TrainResult(state.step, state.elapsed_s, state.best_loss or math.nan, reason)
+
+
+def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable[[], bool]) -> str:
+    config = trainer.config
+    while not (reason := trainer.finished()):
+        loss, seconds = trainer.step()
+        state = trainer.state
+        speed = tokens_per_step(config) / seconds
+        note = f"step {state.step}  loss {loss:.4f}  {speed:,.0f} tok/s"
+        bar.update(trainer.share(), note + _best(state))
+        _write(log, step=state.step, loss=loss, tok_s=round(speed, 1))
+        due = state.step % config.eval_every == 0
+        if stop := interrupted():
+            reason = "interrupted"
+        if due or stop or trainer.finished():
+            log.flush()
+            valid = trainer.evaluate()
+            _write(log, step=trainer.state.step, valid_loss=valid, perplexity=math.exp(valid))
+            log.flush()
+            bar.say(f"step {state.step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}")
+            trainer.save(valid, counts=not stop)
+        if stop:
+            break
+    return reason
+
+
+def _write(log: TextIO, **values: Any) -> None:
+    log.write(json.dumps(values) + "\n")
+
+
+def _best(state: State) -> str:
+    return f"  best {state.best_loss:.4f}" if state.best_loss is not None else ""
+
+
+class Trainer:
+    """Model, optimizer, data and state of one run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config.train
+        checkpoint, moments, self.state = run.last()
+        self.tokenizer = checkpoint.tokenizer
+        self.device = torch.device(run.config.device)
+        self.model: GPT = checkpoint.model(self.config.dropout).to(self.device)
+        self.optimizer = Optimizer(self.model, self.config.optimizer)
+        self.optimizer.load({name: t.to(self.device) for name, t in moments.items()})
+        self.dtype = compute_dtype(self.config, run.config.model.n_embd, self.device)
+        self.windows = Windows(open_ids(run.train_ids), self.config.seq_len, self.config.seed)
+        self.valid = open_ids(run.valid_ids)
+        Windows(self.valid, self.config.seq_len, 0)  # too short? say so before the first step
+
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1, by the limit that comes first."""
+        done = self.state.step / max(1, self.config.max_steps)
+        if self.config.max_time:
+            done = max(done, self.state.elapsed_s / self.config.max_time)
+        return min(1.0, done)
+
+    def finished(self) -> str:
+        """Why the run is over; empty while it is not."""
+        config, state = self.config, self.state
+        if config.patience is not None and state.stale >= config.patience:
+            return "patience"
+        if config.max_time is not None and state.elapsed_s >= config.max_time:
+            return "max_time"
+        return "max_steps" if state.step >= config.max_steps else ""
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step: its mean training loss and the seconds it took."""
+        began = time.perf_counter()
+        config, step = self.config, self.state.step
+        torch.manual_seed(hash((config.seed, step)) & (2**63 - 1))  # dropout, the same on resume
+        self.model.train()
+        loss = 0.0
+        for micro in range(config.grad_accum):
+            ids = self.windows.batch(step * config.grad_accum + micro, config.batch_size)
+            part = self._loss(torch.from_numpy(ids)) / config.grad_accum
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                "a finite loss",
+                found=f"{loss} at step {step + 1}",
+                do=f"go on from the checkpoint in {self.run.path} with a lower learning rate",
+            )
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step(learning_rate_scale(step, self.share(), config))
+        seconds = time.perf_counter() - began
+        self.state = replace(self.state, step=step + 1, elapsed_s=self.state.elapsed_s + seconds)
+        return loss, seconds
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss on validation text, the same windows every time. Raises TrainingError."""
+        self.model.eval()
+        began = time.perf_counter()
+        total = count = 0.0
+        for ids in in_order(self.valid, self.config.seq_len, self.config.batch_size):
+            total += self._loss(torch.from_numpy(ids)).item() * len(ids)
+            count += len(ids)
+            if count * self.config.seq_len >= self.config.eval_tokens:
+                break
+        loss = total / count
+        if not math.isfinite(loss):
+            raise TrainingError(
+                "a finite validation loss",
+                found=f"{loss} after step {self.state.step}",
+                do=f"go on from the checkpoint in {self.run.path} with a lower learning rate",
+            )
+        elapsed = self.state.elapsed_s + time.perf_counter() - began
+        self.state = replace(self.state, elapsed_s=elapsed)
+        return loss
+
+    def save(self, valid_loss: float, *, counts: bool = True) -> None:
+        """A checkpoint, judged by its validation loss.
+
+        An evaluation out of turn, on an interrupt, does not count: the run that goes on must
+        take the same decisions as one that was not interrupted.
+        """
+        state = self.state
+        gained = state.best_loss is None or valid_loss < state.best_loss
+        if counts:
+            stale = 0 if gained else state.stale + 1
+            best = valid_loss if gained else state.best_loss
+            self.state = replace(state, best_loss=best, stale=stale)
+        assert self.tokenizer is not None
+        moments = self.optimizer.state()
+        weights = self.model.state_dict()
+        self.run.save(weights, moments, self.tokenizer, self.state, best=gained and counts)
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        ids = ids.to(self.device, non_blocking=True)  # [batch, seq + 1]
+        with self._autocast():
+            hidden = self.model.hidden(ids[:, :-1])
+        targets = ids[:, 1:].flatten()
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.lm_head.weight, targets, self.dtype
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def learning_rate_scale(step: int, share: float, config: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine over the rest of the run, down to `final_lr`."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * share))
+    return warm * (config.final_lr + (1.0 - config.final_lr) * cosine)
+
+
+def compute_dtype(config: TrainConfig, width: int, device: torch.device) -> torch.dtype:
+    """The dtype of the products: as configured, or bfloat16 where the hardware gains by it."""
+    if config.dtype != "auto":
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_native_bf16()
+    return torch.bfloat16 if fast and width >= _BF16_MIN_WIDTH else torch.float32
+
+
+def _has_native_bf16() -> bool:
+    """mkldnn emulates bf16 where the processor lacks the instructions, at a loss."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags

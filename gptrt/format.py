@@ -1,0 +1,388 @@
+"""The bundle: the treaty between the exporter, which writes it, and the runtime, which reads it.
+
+Everything that both sides must agree on stands here once: file names, tensor names, the
+configuration of the model, the manifest and its bounds. Standard library only.
+
+A bundle is read in this order: manifest schema and bounds, then file sizes, then hashes, and only
+then does a native parser see a byte. Most single bit flips in an ONNX file load and run without
+a complaint and give wrong numbers, so nothing is trusted before its hash is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from gptrt.errors import BundleError, GptrtError
+
+FORMAT_VERSION = 1
+
+# --- file names -----------------------------------------------------------------------------
+
+MANIFEST_FILE = "gptrt.json"
+GRAPH_FILE = "model.onnx"
+GRAPH_DATA_FILE = "model.onnx.data"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+GENAI_CONFIG_FILE = "genai_config.json"
+CARD_FILE = "README.md"
+
+# --- tensor names: those that optimum, transformers.js and onnxruntime-genai share ------------
+
+INPUT_IDS = "input_ids"  # int64 [batch, new]
+ATTENTION_MASK = "attention_mask"  # int64 [batch, past + new]
+POSITION_IDS = "position_ids"  # int64 [batch, new]
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"  # int64 [1], optional: 0, its default, keeps all
+LOGITS = "logits"  # float32 [batch, kept, vocab]
+
+
+def past_name(layer: int, part: Literal["key", "value"]) -> str:
+    """The cache of one layer as a graph input: [batch, kv_heads, max_length, head_dim]."""
+    return f"past_key_values.{layer}.{part}"
+
+
+def present_name(layer: int, part: Literal["key", "value"]) -> str:
+    """The same buffer as a graph output; bound to the same memory, it is updated in place."""
+    return f"present.{layer}.{part}"
+
+
+# --- the data: frozen, validated where it enters ----------------------------------------------
+
+_MAX_COUNT = 1 << 24  # no vocabulary, width or context comes near it
+_MAX_FILE = 1 << 40
+
+
+def bounded(low: float, high: float, **kwargs: Any) -> Any:
+    """A dataclass field whose value must lie in [low, high]."""
+    return field(metadata={"low": low, "high": high}, **kwargs)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only GPT: the GPT-2 family and the Llama-like families.
+
+    Widths are in numbers of values: `n_embd` of the residual stream, `n_inner` of the
+    feed-forward layer, `head_dim` of one attention head. `n_kv_head` < `n_head` is
+    grouped-query attention (https://arxiv.org/abs/2305.13245).
+    """
+
+    vocab_size: int = bounded(1, _MAX_COUNT)
+    n_positions: int = bounded(1, _MAX_COUNT)
+    n_layer: int = bounded(1, 1024)
+    n_head: int = bounded(1, 1024)
+    n_kv_head: int = bounded(1, 1024)
+    n_embd: int = bounded(1, 1 << 18)
+    head_dim: int = bounded(1, 4096)
+    n_inner: int = bounded(1, 1 << 20)
+    positions: Literal["learned", "rotary"] = "learned"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    activation: Literal["gelu_tanh", "gelu_erf", "swiglu"] = "gelu_tanh"
+    bias: bool = True
+    tied: bool = True
+    norm_eps: float = bounded(0.0, 1.0, default=1e-5)
+    rope_theta: float = bounded(1.0, 1e12, default=10000.0)
+
+    def faults(self) -> list[str]:
+        """What the bounds of single fields cannot say."""
+        found = []
+        if self.n_head % self.n_kv_head:
+            found.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            found.append(f"head_dim {self.head_dim} is odd, rotary positions need pairs")
+        return found
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The KV cache: per layer a key and a value buffer [batch, kv_heads, length, head_dim].
+
+    `max_length` bounds `length`; a runtime may allocate less.
+    """
+
+    layers: int = bounded(1, 1024)
+    kv_heads: int = bounded(1, 1024)
+    head_dim: int = bounded(1, 4096)
+    max_length: int = bounded(1, _MAX_COUNT)
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrices are stored. `head_bits` is the (tied) vocabulary matrix."""
+
+    mode: Literal["none", "fp16", "int8", "int4"]
+    method: str
+    bits: int = bounded(2, 32)
+    head_bits: int = bounded(2, 32)
+    block_size: int = bounded(0, 1 << 16)  # 0 where nothing is quantized
+    bits_per_weight: float = bounded(0.0, 64.0)  # of all matrices, scales included
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What verification measured, on `tokens` predicted tokens of `text`.
+
+    `kl` is the mean over positions of KL(reference || bundle) in nats; `top1` the share of
+    positions where both have the same most likely token.
+    """
+
+    text: str
+    tokens: int = bounded(1, 1 << 40)
+    perplexity: float = bounded(0.0, 1e30)
+    perplexity_reference: float = bounded(0.0, 1e30)
+    perplexity_ratio: float = bounded(0.0, 1e30)
+    kl: float = bounded(-1.0, 1e6)
+    top1: float = bounded(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Greedy ids that the bundle must give for a prompt, on every machine."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    size: int = bounded(0, _MAX_FILE)
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`gptrt.json`. Unknown keys are errors; every fault is listed, not only the first."""
+
+    format_version: int
+    name: str
+    model: ModelConfig
+    cache: CacheLayout
+    quantization: Quantization
+    fidelity: Fidelity | None
+    golden: tuple[Golden, ...]
+    files: dict[str, FileEntry]
+    lineage: dict[str, str]  # where the weights come from: data, steps, versions
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.format_version != FORMAT_VERSION:
+            found.append(f"format_version {self.format_version}, this gptrt reads {FORMAT_VERSION}")
+        for name in self.files:
+            if not _is_plain_name(name):
+                found.append(f"files[{name!r}] is not a plain file name")
+        for name in (GRAPH_FILE, TOKENIZER_FILE):
+            if name not in self.files:
+                found.append(f"files lacks {name}")
+        for name, entry in self.files.items():
+            if len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef"):
+                found.append(f"files[{name!r}].sha256 is not 64 hexadecimal digits")
+        model, cache = self.model, self.cache
+        wanted = (model.n_layer, model.n_kv_head, model.head_dim, model.n_positions)
+        if wanted != (cache.layers, cache.kv_heads, cache.head_dim, cache.max_length):
+            found.append("cache does not match model")
+        ids = [i for golden in self.golden for i in (*golden.prompt_ids, *golden.ids)]
+        if any(not 0 <= i < model.vocab_size for i in ids):
+            found.append("golden ids lie outside the vocabulary")
+        return found
+
+
+def _is_plain_name(name: str) -> bool:
+    return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\:\0")
+
+
+# --- strict decoding of JSON into frozen dataclasses -------------------------------------------
+
+T = TypeVar("T")
+
+
+def decode(kind: type[T], value: Any, *, error: type[GptrtError], source: str) -> T:
+    """Build `kind` from parsed JSON, refusing unknown keys, wrong types and absurd numbers.
+
+    Every fault is reported at once, each with the key where it stands.
+
+    >>> decode(FileEntry, {"size": 3, "sha256": ""}, error=BundleError, source="x")
+    FileEntry(size=3, sha256='')
+    """
+    faults: list[str] = []
+    result = _decode(kind, value, "", faults)
+    if faults:
+        raise error(
+            f"a valid {source}",
+            found="; ".join(faults),
+            do="export it again or restore the original file",
+        )
+    return typing.cast(T, result)
+
+
+def encode(value: Any) -> Any:
+    """The JSON form of what `decode` reads."""
+    return dataclasses.asdict(value)
+
+
+def _decode(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _decode_dataclass(kind, value, where, faults)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool):
+            return _fault(faults, where, " or ".join(map(repr, args)), value)
+        return value
+    if origin in (typing.Union, types.UnionType):  # only `X | None` is used
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None else _decode(inner, value, where, faults)
+    if origin is tuple:
+        if not isinstance(value, list):
+            return _fault(faults, where, "a list", value)
+        return tuple(_decode(args[0], v, f"{where}[{i}]", faults) for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            return _fault(faults, where, "an object", value)
+        return {k: _decode(args[1], v, f"{where}[{k!r}]", faults) for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        return _fault(faults, where, kind.__name__, value)
+    return value
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(value, dict):
+        return _fault(faults, where or "the top level", "an object", value)
+    before = len(faults)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            faults.append(f"{_join(where, key)} is an unknown key")
+    arguments = {}
+    for name, spec in fields.items():
+        path = _join(where, name)
+        if name in value:
+            arguments[name] = item = _decode(hints[name], value[name], path, faults)
+            low, high = spec.metadata.get("low"), spec.metadata.get("high")
+            if low is not None and item is not None and not low <= item <= high:
+                faults.append(f"{path} is {item}, wanted {low} to {high}")
+        elif spec.default is spec.default_factory is dataclasses.MISSING:
+            faults.append(f"{path} is missing")
+    if len(faults) > before:
+        return None
+    result = kind(**arguments)
+    faults.extend(f"{where}: {fault}" if where else fault for fault in _own_faults(result))
+    return result
+
+
+def _own_faults(value: Any) -> list[str]:
+    check = getattr(value, "faults", None)
+    return list(check()) if check else []
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _fault(faults: list[str], where: str, wanted: str, value: Any) -> None:
+    shown = repr(value)
+    faults.append(f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, wanted {wanted}")
+
+
+def read_json(path: Path, *, error: type[GptrtError], limit: int = 64 << 20) -> Any:
+    """Parse a JSON file of at most `limit` bytes; NaN, Infinity and broken UTF-8 are refused."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise error(f"{path} of at most {limit} bytes", found=f"{size}", do="check the file")
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+    except OSError as e:
+        raise error(f"to read {path}", found=e.strerror or str(e), do="check the path") from e
+    except (ValueError, RecursionError) as e:
+        raise error(f"JSON in {path}", found=str(e), do="restore the original file") from e
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+# --- reading and describing a bundle on disk ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder whose manifest was read and whose files were found to be what it says."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the graph and its external data."""
+        files = self.manifest.files
+        return sum(files[n].size for n in (GRAPH_FILE, GRAPH_DATA_FILE) if n in files)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the bundle at `path`, schema and bounds checked. Raises BundleError."""
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise BundleError(
+            f"a bundle folder at {path}",
+            found=found,
+            do="give the folder that `gptrt-export convert` wrote",
+        )
+    manifest = path / MANIFEST_FILE
+    if not manifest.is_file():
+        raise BundleError(
+            f"{MANIFEST_FILE} in {path}",
+            found="no such file, so this is not a gptrt bundle",
+            do="make one with `gptrt-export convert`",
+        )
+    value = read_json(manifest, error=BundleError)
+    return decode(Manifest, value, error=BundleError, source=str(manifest))
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read the manifest, then check the size and sha256 of every file. Raises BundleError."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    for check in (_check_size, _check_hash):
+        for name, entry in manifest.files.items():
+            check(folder / name, entry)
+    return Bundle(folder, manifest)
+
+
+_RESTORE = "the file was changed or cut off: copy the bundle again"
+
+
+def _check_size(path: Path, entry: FileEntry) -> None:
+    if path.is_symlink() or not path.is_file():
+        found = "a link" if path.is_symlink() else "no such file"
+        raise BundleError(f"the plain file {path}", found=found, do="copy the bundle again")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise BundleError(f"{path} of {entry.size} bytes", found=f"{size} bytes", do=_RESTORE)
+
+
+def _check_hash(path: Path, entry: FileEntry) -> None:
+    found = describe_file(path).sha256
+    if found != entry.sha256:
+        raise BundleError(f"{path} with sha256 {entry.sha256[:16]}…", found=f"{found[:16]}…", do=_RESTORE)
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size in bytes and sha256 of a file. Raises BundleError if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return FileEntry(path.stat().st_size, digest)
+    except OSError as e:
+        raise BundleError(f"to read {path}", found=e.strerror or str(e), do="check the file") from e

@@ -1,0 +1,1 @@
+"""Data of gptrt: the presets for training and the embedded default bundle. No code."""
