@@ -152,7 +152,9 @@ def _check_shapes(config: ModelConfig, state: dict[str, Tensor], folder: Path) -
         )
 
 
-def save_checkpoint(checkpoint: Checkpoint, folder: Path, extra: dict[str, Any] | None = None) -> None:
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: Path, extra: dict[str, Any] | None = None
+) -> None:
     """Write a Hugging Face folder in one step. `extra` maps more file names to tensors or JSON."""
     family = family_for(checkpoint.config)
     config = family.to_json(checkpoint.config) | {"dtype": "float32"}

@@ -49,7 +49,7 @@ def family_named(model_type: str) -> Family:
 
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"}
 _CONV1D = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-_GPT2_BUFFERS = re.compile(r"attn\.(masked_)?bias$")
+_GPT2_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")
 
 
 def _gpt2_expresses(config: ModelConfig) -> bool:
@@ -199,9 +199,7 @@ def _llama_to_tensors(config: ModelConfig, state: State) -> State:
             tensors[theirs + name] = state[ours + own]
         for own, parts in _LLAMA_JOINED.items():
             split = state[ours + own].split(sizes[own])
-            tensors |= {
-                f"{theirs}{p}.weight": t.clone() for p, t in zip(parts, split, strict=True)
-            }
+            tensors |= {f"{theirs}{p}.weight": t.clone() for p, t in zip(parts, split, strict=True)}
     return _without_tied_head(config, tensors)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from gptrt.format import ModelConfig
 
-# (layer, query [batch, seq, n_head * head_dim], key and value [batch, seq, n_kv_head * head_dim])
+# (layer, query | key | value [batch, seq, (n_head + 2 * n_kv_head) * head_dim])
 # -> what the heads gathered: [batch, seq, n_head * head_dim]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor], Tensor]
 
 
 class Attention(nn.Module):
@@ -30,13 +30,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.widths = (width, kv_width, kv_width)
-        self.c_attn = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        query, key, value = self.c_attn(x).split(self.widths, dim=-1)
-        projected: Tensor = self.c_proj(attend(query, key, value))
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        projected: Tensor = self.c_proj(attend(self.c_attn(x)))
         return projected
 
 
@@ -78,7 +76,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         x = x + self.dropout(self.attn(self.ln_1(x), attend))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
@@ -148,10 +146,11 @@ class GPT(nn.Module):
 
 
 def keep_last(x: Tensor, keep: Tensor) -> Tensor:
-    """The last `keep` positions of x [batch, seq, n]; all of them where `keep` is 0."""
-    seq = x.shape[1]
-    wanted = torch.where(keep == 0, seq, keep)
-    return x.index_select(1, torch.arange(seq, device=x.device)[-wanted.item() :])
+    """The last `keep` [1] positions of x [batch, seq, n]; all of them where `keep` is 0.
+
+    `x[:, -0:]` is all of x, so one slice serves both; its bound stays a tensor in the graph.
+    """
+    return x[:, -keep.item() :]
 
 
 class CausalAttention:
@@ -161,18 +160,18 @@ class CausalAttention:
         self.config = config
         self._rotary: tuple[Tensor, Tensor] | None = None  # the same for every layer
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: int, packed: Tensor) -> Tensor:
         del layer  # no layer differs
-        query, key, value = (self._heads(x) for x in (query, key, value))
-        if self.config.positions == "rotary":
+        config = self.config
+        heads = packed.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        # each [batch, heads, seq, head_dim]
+        query, key, value = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], dim=1)
+        if config.positions == "rotary":
             cos, sin = self._tables(query)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        grouped = self.config.n_head != self.config.n_kv_head
+        grouped = config.n_head != config.n_kv_head
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         return y.transpose(1, 2).flatten(2)  # [batch, seq, n_head * head_dim]
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [batch, head, seq, dim]
 
     def _tables(self, query: Tensor) -> tuple[Tensor, Tensor]:
         if self._rotary is None:

@@ -35,7 +35,9 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         named = dict(model.named_parameters())  # a tied matrix appears once
         matrices = {
-            n: p for n, p in named.items() if config.kind == "muon" and n[:2] == "h." and p.ndim == 2
+            n: p
+            for n, p in named.items()
+            if config.kind == "muon" and n[:2] == "h." and p.ndim == 2
         }
         rest = {n: p for n, p in named.items() if n not in matrices}
         self._names = {p: n for n, p in named.items()}

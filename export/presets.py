@@ -24,7 +24,9 @@ class Preset:
 def preset_folder() -> Path:
     """Installed, `models/` is the package `gptrt_models`; in a checkout it lies beside us."""
     spec = find_spec("gptrt_models")
-    root = Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[1] / "models"
+    root = (
+        Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[1] / "models"
+    )
     return root / "presets"
 
 

@@ -1,11 +1,11 @@
 """A training run on disk: its configuration, its data, its checkpoints, its log.
 
-    RUN/run.json           RunConfig: everything that decides what training computes
-    RUN/data/*.bin         token ids, memory-mapped
-    RUN/step-00000400/     checkpoints, each a Hugging Face folder plus the state of training
-    RUN/checkpoints.json   which of them is the best and which the last
-    RUN/log.jsonl          one line a step, one line an evaluation
-    RUN/loss.png           the curves
+RUN/run.json           RunConfig: everything that decides what training computes
+RUN/data/*.bin         token ids, memory-mapped
+RUN/step-00000400/     checkpoints, each a Hugging Face folder plus the state of training
+RUN/checkpoints.json   which of them is the best and which the last
+RUN/log.jsonl          one line a step, one line an evaluation
+RUN/loss.png           the curves
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from .tokenization import TokenizerConfig, train_tokenizer
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -172,20 +173,22 @@ def open_run(path: Path) -> Run:
     return Run(path, config)
 
 
-def create_run(
-    path: Path,
-    train: TrainConfig,
-    start: Checkpoint | ModelConfig,
-    *,
-    tokenizer: TokenizerConfig,
-    texts: list[Path],
-    held_out: list[Path],
-    held_out_share: float,
-    device: Literal["cpu", "cuda"],
-) -> Run:
+@dataclass(frozen=True)
+class RunPlan:
+    """What a new run is to be. `start` is a checkpoint to fine-tune, whose tokenizer is kept, or a
+    shape to train from scratch. Without `held_out` texts, a tenth of every text is held out."""
+
+    train: TrainConfig
+    start: Checkpoint | ModelConfig
+    tokenizer: TokenizerConfig
+    texts: list[Path]
+    held_out: list[Path]
+    device: Literal["cpu", "cuda"]
+
+
+def create_run(path: Path, plan: RunPlan) -> Run:
     """Prepare data, tokenizer and the first checkpoint of a run at `path`.
 
-    `start` is a checkpoint to fine-tune, whose tokenizer is kept, or a shape to train from scratch.
     Raises TargetError if something else is there already.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -194,22 +197,21 @@ def create_run(
             found="something there already",
             do="choose another --out, or go on with --resume",
         )
-    (path / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
-    checkpoint = start if isinstance(start, Checkpoint) else None
-    words = checkpoint.tokenizer if checkpoint else train_tokenizer(tokenizer, _pieces(texts))
-    if words is None:
+    base = plan.start if isinstance(plan.start, Checkpoint) else None
+    tokenizer = base.tokenizer if base else train_tokenizer(plan.tokenizer, _pieces(plan.texts))
+    if tokenizer is None:
         raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
-    counts = _write_data(path / DATA_FOLDER, words, texts, held_out, held_out_share)
-    if isinstance(start, Checkpoint):
-        model_config, weights = start.config, start.state
+    (path / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
+    counts = _write_data(path / DATA_FOLDER, tokenizer, plan)
+    if isinstance(plan.start, Checkpoint):
+        model, weights = plan.start.config, plan.start.state
     else:
-        model_config = replace(start, vocab_size=words.get_vocab_size())
-        torch.manual_seed(train.seed)
-        weights = GPT(model_config).state_dict()
-    lineage = _lineage(checkpoint, texts, counts, train)
-    run = Run(path, RunConfig(model_config, train, device, lineage))
+        model = replace(plan.start, vocab_size=tokenizer.get_vocab_size())
+        torch.manual_seed(plan.train.seed)
+        weights = GPT(model).state_dict()
+    run = Run(path, RunConfig(model, plan.train, plan.device, _lineage(base, plan, counts)))
     write_json(path / RUN_FILE, asdict(run.config))
-    run.save(weights, {}, words, State(), best=True)
+    run.save(weights, {}, tokenizer, State(), best=True)
     return run
 
 
@@ -217,31 +219,27 @@ def _pieces(texts: Iterable[Path]) -> Iterable[str]:
     return chain.from_iterable(data.read_pieces(path) for path in texts)
 
 
-def _write_data(
-    folder: Path, tokenizer: Tokenizer, texts: list[Path], held_out: list[Path], share: float
-) -> tuple[int, int]:
+def _write_data(folder: Path, tokenizer: Tokenizer, plan: RunPlan) -> tuple[int, int]:
     """Token counts (train, valid); named validation files win over a share held out."""
-    if held_out:
-        trained, _ = data.tokenize(texts, tokenizer, folder / data.TRAIN_IDS)
-        valid, _ = data.tokenize(held_out, tokenizer, folder / data.VALID_IDS)
-        return trained, valid
-    trained, tail = data.tokenize(texts, tokenizer, folder / data.TRAIN_IDS, held_out=share)
-    data.save_ids(tail, folder / data.VALID_IDS)
+    train, valid = folder / data.TRAIN_IDS, folder / data.VALID_IDS
+    if plan.held_out:
+        trained, _ = data.tokenize(plan.texts, tokenizer, train)
+        return trained, data.tokenize(plan.held_out, tokenizer, valid)[0]
+    trained, tail = data.tokenize(plan.texts, tokenizer, train, held_out=_HELD_OUT)
+    data.save_ids(tail, valid)
     return trained, len(tail)
 
 
-def _lineage(
-    start: Checkpoint | None, texts: list[Path], counts: tuple[int, int], train: TrainConfig
-) -> dict[str, str]:
-    names = [path.name for path in texts]
+def _lineage(base: Checkpoint | None, plan: RunPlan, counts: tuple[int, int]) -> dict[str, str]:
+    names = [path.name for path in plan.texts]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    before = {f"base_{key}": value for key, value in start.lineage.items()} if start else {}
+    before = {f"base_{key}": value for key, value in base.lineage.items()} if base else {}
     return before | {
         "data": shown,
         "train_tokens": str(counts[0]),
         "valid_tokens": str(counts[1]),
-        "optimizer": train.optimizer.kind,
-        "seed": str(train.seed),
+        "optimizer": plan.train.optimizer.kind,
+        "seed": str(plan.train.seed),
         "started": datetime.now(UTC).date().isoformat(),
         "torch": version("torch"),
         "machine": platform.machine(),

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from gptrt.errors import CheckpointError, DataError
 
@@ -71,7 +79,9 @@ def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
     try:
         vocabulary = json.loads(encoder.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        pairs = [
+            tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+        ]
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
     except (OSError, ValueError, Exception) as e:
         raise CheckpointError(

@@ -46,7 +46,9 @@ class TrainResult:
         return math.exp(self.best_loss)
 
 
-def train(run: Run, bar: ProgressBar, interrupted: Callable[[], bool] = lambda: False) -> TrainResult:
+def train(
+    run: Run, bar: ProgressBar, interrupted: Callable[[], bool] = lambda: False
+) -> TrainResult:
     """Train until a limit, or until `interrupted()`; checkpoints, log and picture are in the run.
 
     Raises TrainingError when the loss is not a finite number; the last checkpoint stays good.
@@ -77,7 +79,9 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
             valid = trainer.evaluate()
             _write(log, step=trainer.state.step, valid_loss=valid, perplexity=math.exp(valid))
             log.flush()
-            bar.say(f"step {state.step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}")
+            bar.say(
+                f"step {state.step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}"
+            )
             trainer.save(valid, counts=not stop)
         if stop:
             break

@@ -203,7 +203,14 @@ def _is_plain_name(name: str) -> bool:
 T = TypeVar("T")
 
 
-def decode(kind: type[T], value: Any, *, error: type[GptrtError], source: str) -> T:
+def decode(
+    kind: type[T],
+    value: Any,
+    *,
+    error: type[GptrtError],
+    source: str,
+    do: str = "restore the original file",
+) -> T:
     """Build `kind` from parsed JSON, refusing unknown keys, wrong types and absurd numbers.
 
     Every fault is reported at once, each with the key where it stands.
@@ -214,11 +221,7 @@ def decode(kind: type[T], value: Any, *, error: type[GptrtError], source: str) -
     faults: list[str] = []
     result = _decode(kind, value, "", faults)
     if faults:
-        raise error(
-            f"a valid {source}",
-            found="; ".join(faults),
-            do="export it again or restore the original file",
-        )
+        raise error(f"a valid {source}", found="; ".join(faults), do=do)
     return typing.cast(T, result)
 
 
@@ -290,7 +293,9 @@ def _join(where: str, key: str) -> str:
 
 def _fault(faults: list[str], where: str, wanted: str, value: Any) -> None:
     shown = repr(value)
-    faults.append(f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, wanted {wanted}")
+    faults.append(
+        f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, wanted {wanted}"
+    )
 
 
 def read_json(path: Path, *, error: type[GptrtError], limit: int = 64 << 20) -> Any:
@@ -375,7 +380,9 @@ def _check_size(path: Path, entry: FileEntry) -> None:
 def _check_hash(path: Path, entry: FileEntry) -> None:
     found = describe_file(path).sha256
     if found != entry.sha256:
-        raise BundleError(f"{path} with sha256 {entry.sha256[:16]}…", found=f"{found[:16]}…", do=_RESTORE)
+        raise BundleError(
+            f"{path} with sha256 {entry.sha256[:16]}…", found=f"{found[:16]}…", do=_RESTORE
+        )
 
 
 def describe_file(path: Path) -> FileEntry:

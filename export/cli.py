@@ -1,0 +1,212 @@
+"""The command `gptrt-export`: train, convert, verify."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptrt.errors import GptrtError, OptionError
+
+INTERRUPTED = 130  # what a shell expects after Ctrl-C
+_path = click.Path(path_type=Path)
+
+
+class _OneLineErrors(click.Group):
+    """Errors as one line on standard error, with the exit status of their kind."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs | {"standalone_mode": False})
+        except GptrtError as e:
+            message, status = str(e), e.exit_status
+        except click.ClickException as e:
+            message, status = f"{e.format_message()}; see `gptrt-export --help`", 2
+        except (click.Abort, KeyboardInterrupt):
+            message, status = "interrupted", INTERRUPTED
+        except ImportError as e:
+            message = (
+                f"wanted the package {e.name}; found it missing; pip install 'gptrt[export,cpu]'"
+            )
+            status = 2
+        click.echo(f"gptrt-export: error: {' '.join(message.split())}", err=True)
+        sys.exit(status)
+
+
+@click.group(cls=_OneLineErrors)
+def main() -> None:
+    """Train or fine-tune a GPT and turn it into a quantized, verified bundle."""
+
+
+@main.command()
+@click.option("--preset", help="A shape and a way to train it; `presets` lists them.")
+@click.option("--data", multiple=True, type=_path, help="Text files or folders; may be repeated.")
+@click.option("--valid", multiple=True, type=_path, help="Validation text; else a share of --data.")
+@click.option("--out", required=True, type=_path, help="The run folder.")
+@click.option("--from", "start", type=_path, help="Fine-tune this checkpoint or bundle.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--max-steps", type=click.IntRange(min=0))
+@click.option("--max-time", type=click.FloatRange(min=0), help="Seconds of training.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any training setting.")
+def train(
+    preset: str | None,
+    data: tuple[Path, ...],
+    valid: tuple[Path, ...],
+    out: Path,
+    start: Path | None,
+    resume: bool,
+    device: str,
+    max_steps: int | None,
+    max_time: float | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Train from scratch, fine-tune, or go on where a run stopped.
+
+    gptrt-export train --preset nano-char --data input.txt --out runs/nano
+    """
+    from .progress import ProgressBar
+    from .runs import create_run, open_run
+    from .start import plan_run
+    from .train import train as run_training
+
+    if resume:
+        run = open_run(out)
+    else:
+        plan = plan_run(preset, start, list(data), list(valid), device, _pairs(settings))
+        run = create_run(out, plan)
+    run = run.with_limits(max_steps, max_time)
+    with _interruptible() as interrupted, ProgressBar("training") as bar:
+        result = run_training(run, bar, interrupted)
+    if result.reason == "interrupted":
+        click.echo(f"stopped at step {result.steps}; go on with: {_resume_line(out)}", err=True)
+        sys.exit(INTERRUPTED)
+    click.echo(
+        f"{result.steps} steps in {result.seconds:.0f} s, ended by {result.reason}; best validation "
+        f"loss {result.best_loss:.4f}, perplexity {result.perplexity:.2f}; curves in {out}/loss.png",
+        err=True,
+    )
+
+
+def _pairs(settings: tuple[str, ...]) -> dict[str, str]:
+    for setting in settings:
+        if "=" not in setting:
+            raise OptionError("--set KEY=VALUE", found=setting, do="add the value")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def _resume_line(out: Path) -> str:
+    return f"gptrt-export train --resume --out {out}"
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or a polite kill asks the loop to save and stop; a second Ctrl-C stops at once."""
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@main.command()
+def presets() -> None:
+    """List the presets."""
+    from .presets import load_preset, preset_names
+
+    for name in preset_names():
+        click.echo(f"{name:16} {load_preset(name).about}")
+
+
+@main.command()
+@click.argument("checkpoint", type=_path)
+@click.option("--out", required=True, type=_path, help="The bundle folder to write.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["none", "fp16", "int8", "int4"]),
+    default="int4",
+    show_default=True,
+)
+@click.option("--block-size", type=int, help="Weights that share a scale.")
+@click.option("--head-bits", type=click.Choice(["4", "8"]), help="Bits of the vocabulary matrix.")
+@click.option("--verify-text", type=_path, help="Text to measure fidelity on.")
+@click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
+@click.option("--allow-loss", is_flag=True, help="Write the bundle even if fidelity fails.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def convert(
+    checkpoint: Path,
+    out: Path,
+    quantize: str,
+    block_size: int | None,
+    head_bits: str | None,
+    verify_text: Path | None,
+    max_perplexity_ratio: float | None,
+    allow_loss: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert a checkpoint into a bundle that `gptrt` runs.
+
+    gptrt-export convert runs/nano --out bundles/nano --quantize int8
+    """
+    from . import pipeline
+
+    options = pipeline.ConvertOptions(
+        mode=quantize,
+        block_size=block_size,
+        head_bits=int(head_bits) if head_bits else None,
+        verify_text=verify_text,
+        max_perplexity_ratio=max_perplexity_ratio,
+        allow_loss=allow_loss,
+        force=force,
+    )
+    manifest = pipeline.convert(checkpoint, out, options, _say)
+    _report(pipeline.summary(out, manifest, manifest.fidelity), as_json)
+
+
+@main.command()
+@click.argument("bundle", type=_path)
+@click.option("--against", required=True, type=_path, help="The checkpoint it was made from.")
+@click.option("--text", required=True, type=_path, help="Text to compare on.")
+@click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def verify(
+    bundle: Path, against: Path, text: Path, max_perplexity_ratio: float | None, as_json: bool
+) -> None:
+    """Measure a bundle against its checkpoint, through the runtime.
+
+    gptrt-export verify bundles/nano --against runs/nano --text input.txt
+    """
+    from . import pipeline
+
+    manifest, fidelity = pipeline.verify(bundle, against, text, _say)
+    _report(pipeline.summary(bundle, manifest, fidelity), as_json)
+    pipeline.check_fidelity(fidelity, manifest.quantization.mode, max_perplexity_ratio)
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        for key, value in summary.items():
+            click.echo(f"{key:22} {value:.5g}" if isinstance(value, float) else f"{key:22} {value}")

@@ -1,0 +1,78 @@
+"""The files beside the graph, so that other runtimes open the same folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gptrt.format import (
+    ATTENTION_MASK,
+    CONFIG_FILE,
+    GENAI_CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    GRAPH_FILE,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    TOKENIZER_FILE,
+    ModelConfig,
+)
+
+from .checkpoint import write_json
+from .families import family_for
+from .tokenization import END_OF_TEXT
+
+
+def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """config.json, generation_config.json, tokenizer.json and genai_config.json."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    special = {"bos_token_id": end, "eos_token_id": end}
+    write_json(folder / CONFIG_FILE, family_for(config).to_json(config) | special)
+    write_json(folder / GENERATION_CONFIG_FILE, special)
+    write_json(folder / GENAI_CONFIG_FILE, genai_config(config, end))
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
+
+
+def genai_config(config: ModelConfig, end: int | None) -> dict[str, Any]:
+    """What onnxruntime-genai reads: a model of type `decoder` with a shared cache buffer.
+
+    `%d` is its placeholder for the layer, a convention of that file.
+    """
+    names = {
+        f"{when}_{part}_names": f"{stem}.%d.{part}"
+        for when, stem in (("past", "past_key_values"), ("present", "present"))
+        for part in ("key", "value")
+    }
+    token = 0 if end is None else end
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": token,
+            "eos_token_id": token,
+            "pad_token_id": token,
+            "context_length": config.n_positions,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"provider_options": []},
+                "filename": GRAPH_FILE,
+                "head_size": config.head_dim,
+                "hidden_size": config.n_embd,
+                "num_attention_heads": config.n_head,
+                "num_key_value_heads": config.n_kv_head,
+                "num_hidden_layers": config.n_layer,
+                "inputs": {
+                    "input_ids": INPUT_IDS,
+                    "attention_mask": ATTENTION_MASK,
+                    "position_ids": POSITION_IDS,
+                    **{k: v for k, v in names.items() if k.startswith("past")},
+                },
+                "outputs": {
+                    "logits": LOGITS,
+                    **{k: v for k, v in names.items() if k.startswith("present")},
+                },
+            },
+        },
+        "search": {"max_length": config.n_positions, "past_present_share_buffer": True},
+    }

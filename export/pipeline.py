@@ -1,0 +1,239 @@
+"""Conversion as a story: refuse, load, trace, quantize, write, measure, promise, rename."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from gptrt.generator import Generator
+from gptrt.session import Session
+from numpy.typing import NDArray
+
+from gptrt.errors import CheckpointError, DataError, FidelityError, PromptError, TargetError
+from gptrt.format import (
+    CARD_FILE,
+    FORMAT_VERSION,
+    GRAPH_DATA_FILE,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    Bundle,
+    CacheLayout,
+    Fidelity,
+    Manifest,
+    Quantization,
+    describe_file,
+    open_bundle,
+)
+
+from .card import model_card
+from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
+from .companions import write_companions
+from .data import VALID_IDS, open_ids, read_pieces
+from .graph import build_graph, check_exportable
+from .model import GPT
+from .quantize import DEFAULT_BLOCK, Recipe, quantize_graph
+from .runs import DATA_FOLDER
+from .verify import DEFAULT_TOKENS, golden_prompts, measure
+
+# Perplexity ratios above which a conversion fails. Plain rounding to 4 bits costs a few percent.
+LIMITS = {"none": 1.001, "fp16": 1.002, "int8": 1.005, "int4": 1.10}
+_SAMPLE_PROMPTS = ("Once upon a time", "The king said", "In the morning")
+_INLINE_LIMIT = 1 << 30  # protobuf stops at 2 GiB
+
+Step = Callable[[str], None]
+Ids = NDArray[np.uint32]
+
+
+def _silent(line: str) -> None:
+    del line
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """`max_perplexity_ratio` None takes the limit of the mode from `LIMITS`."""
+
+    mode: str = "int4"  # "none", "fp16", "int8" or "int4"
+    block_size: int | None = None
+    head_bits: int | None = None
+    verify_text: Path | None = None
+    verify_tokens: int = DEFAULT_TOKENS
+    max_perplexity_ratio: float | None = None
+    allow_loss: bool = False
+    force: bool = False
+
+
+def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _silent) -> Manifest:
+    """Turn the checkpoint at `source` into a bundle at `out`; either all of it or nothing.
+
+    Raises TargetError if `out` is taken, FidelityError if the bundle is not the model any more.
+    """
+    refuse_taken(out, force=options.force)
+    recipe = make_recipe(options)
+    checkpoint = load_checkpoint(source)
+    check_exportable(checkpoint.config)
+    ids, text = verification_ids(source, checkpoint, options.verify_text)
+    model = checkpoint.model().eval()
+    with written_whole(out) as folder:
+        step("tracing the graph")
+        graph = build_graph(copy.deepcopy(model).half() if options.mode == "fp16" else model)
+        step(f"storing the weights: {options.mode}")
+        quantization = quantize_graph(graph, recipe) if recipe else _UNQUANTIZED[options.mode]
+        save_graph(graph, folder)
+        assert checkpoint.tokenizer is not None
+        write_companions(folder, checkpoint.config, checkpoint.tokenizer)
+        draft = _manifest(out.name, checkpoint, quantization, folder)
+        write_json(folder / MANIFEST_FILE, asdict(draft))
+        step("verifying against PyTorch")
+        manifest = _promise(draft, open_bundle(folder), model, ids, text, options)
+        write_json(folder / MANIFEST_FILE, asdict(manifest))
+    return manifest
+
+
+_UNQUANTIZED = {
+    "none": Quantization("none", "none", 32, 32, 0, 32.0),
+    "fp16": Quantization("fp16", "none", 16, 16, 0, 16.0),
+}
+
+
+def make_recipe(options: ConvertOptions) -> Recipe | None:
+    """Raises OptionError for a block size that there is not."""
+    if options.mode in _UNQUANTIZED:
+        return None
+    return Recipe(options.mode, options.block_size or DEFAULT_BLOCK, options.head_bits)
+
+
+def verify(
+    path: Path, against: Path, text: Path, step: Step = _silent
+) -> tuple[Manifest, Fidelity]:
+    """Measure an existing bundle against the checkpoint `against` on a text file."""
+    bundle = open_bundle(path)
+    checkpoint = load_checkpoint(against)
+    if checkpoint.config != bundle.manifest.model:
+        raise CheckpointError(
+            "the checkpoint that the bundle was made from",
+            found="another shape",
+            do="check --against",
+        )
+    ids, name = verification_ids(against, checkpoint, text)
+    step("verifying against PyTorch")
+    session = Session(bundle, device="cpu")
+    return bundle.manifest, measure(session, checkpoint.model().eval(), ids, text=name)
+
+
+def summary(path: Path, manifest: Manifest, fidelity: Fidelity | None) -> dict[str, str | float]:
+    """What `--json` prints."""
+    assert fidelity is not None
+    return {
+        "bundle": str(path),
+        "quantize": manifest.quantization.mode,
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "perplexity": fidelity.perplexity,
+        "perplexity_reference": fidelity.perplexity_reference,
+        "perplexity_ratio": fidelity.perplexity_ratio,
+        "kl": fidelity.kl,
+        "top1": fidelity.top1,
+    }
+
+
+def refuse_taken(out: Path, *, force: bool) -> None:
+    if out.exists() and not force:
+        raise TargetError(
+            f"a free name for {out}", found="something there already", do="use --force"
+        )
+    if out.exists() and not (out / MANIFEST_FILE).is_file():
+        raise TargetError(
+            f"a bundle to replace at {out}", found="something else", do="choose another --out"
+        )
+
+
+def verification_ids(source: Path, checkpoint: Checkpoint, text: Path | None) -> tuple[Ids, str]:
+    """Ids that training has not seen, and what to call them: a file, or the run's own."""
+    if checkpoint.tokenizer is None:
+        raise CheckpointError(f"tokenizer.json in {source}", found="none", do="add the file")
+    if text is not None:
+        pieces = (checkpoint.tokenizer.encode(p).ids for p in read_pieces(text))
+        return np.fromiter((i for piece in pieces for i in piece), np.uint32), text.name
+    held_out = source / DATA_FOLDER / VALID_IDS
+    if not held_out.is_file():
+        raise DataError(
+            "text to verify on (a run folder brings its own)",
+            found=f"a checkpoint without it, {source}",
+            do="give --verify-text FILE, text of the kind that the model is for",
+        )
+    return open_ids(held_out), "the run's held-out text"
+
+
+def save_graph(graph: ir.Model, folder: Path) -> None:
+    size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)
+    external = GRAPH_DATA_FILE if size > _INLINE_LIMIT else None
+    ir.save(graph, folder / GRAPH_FILE, external_data=external)
+
+
+def _manifest(
+    name: str, checkpoint: Checkpoint, quantization: Quantization, folder: Path
+) -> Manifest:
+    model = checkpoint.config
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        model=model,
+        cache=CacheLayout(
+            layers=model.n_layer,
+            kv_heads=model.n_kv_head,
+            head_dim=model.head_dim,
+            max_length=model.n_positions,
+            dtype="float16" if quantization.mode == "fp16" else "float32",
+        ),
+        quantization=quantization,
+        fidelity=None,
+        golden=(),
+        files={p.name: describe_file(p) for p in sorted(folder.iterdir())},
+        lineage=checkpoint.lineage | {"exported_with": _versions()},
+    )
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("gptrt", "torch", "onnxruntime"))
+
+
+def _promise(
+    draft: Manifest, bundle: Bundle, model: GPT, ids: Ids, text: str, options: ConvertOptions
+) -> Manifest:
+    """The final manifest: fidelity and golden ids measured on the draft, the card written."""
+    session = Session(bundle, device="cpu")
+    fidelity = measure(session, model, ids, text=text, tokens=options.verify_tokens)
+    if not options.allow_loss:
+        check_fidelity(fidelity, options.mode, options.max_perplexity_ratio)
+    golden = golden_prompts(session, ids, model.config.n_positions)
+    promised = replace(draft, fidelity=fidelity, golden=golden)
+    card = bundle.path / CARD_FILE
+    card.write_text(model_card(promised, _samples(bundle)), encoding="utf-8")
+    return replace(promised, files=promised.files | {CARD_FILE: describe_file(card)})
+
+
+def _samples(bundle: Bundle) -> list[tuple[str, str]]:
+    """The first attempts at a few prompts; none where the tokenizer cannot say them."""
+    with Generator(bundle.path, device="cpu") as generator:
+        try:
+            return [
+                (p, generator.generate(p, max_new_tokens=80, temperature=0.8, top_k=40, seed=seed))
+                for seed, p in enumerate(_SAMPLE_PROMPTS, start=1)
+            ]
+        except PromptError:
+            return []
+
+
+def check_fidelity(fidelity: Fidelity, mode: str, limit: float | None = None) -> None:
+    """Raises FidelityError if the perplexity ratio is above the limit."""
+    limit = limit or LIMITS[mode]
+    if fidelity.perplexity_ratio > limit:
+        raise FidelityError(
+            f"a perplexity ratio of at most {limit} for {mode}",
+            found=f"{fidelity.perplexity_ratio:.4f} on {fidelity.text}",
+            do="use a smaller --block-size or more bits, or accept it with --allow-loss",
+        )

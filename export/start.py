@@ -1,0 +1,98 @@
+"""From what a user asks for to the plan of a run: every input is checked before work begins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gptrt.errors import DeviceError, OptionError
+from gptrt.format import ModelConfig, decode
+
+from .checkpoint import load_checkpoint
+from .data import find_texts
+from .optimizer import OptimizerConfig
+from .presets import load_preset, preset_names
+from .runs import RunPlan, TrainConfig
+from .tokenization import TokenizerConfig
+
+_FINE_TUNING_CONTEXT = 256
+
+
+def plan_run(
+    preset: str | None,
+    checkpoint: Path | None,
+    texts: list[Path],
+    held_out: list[Path],
+    device: str,
+    settings: dict[str, str],
+) -> RunPlan:
+    """Raises a GptrtError for a preset, checkpoint, text, device or setting that is not there."""
+    if preset is None and checkpoint is None:
+        names = ", ".join(preset_names())
+        raise OptionError(f"--preset ({names}) or --from", found="neither", do="give one of them")
+    if not texts:
+        raise OptionError("--data FILES to train on", found="none", do="give text files or folders")
+    chosen = load_preset(preset) if preset else None
+    start = load_checkpoint(checkpoint) if checkpoint else None
+    model = start.config if start else chosen.model if chosen else None
+    assert model is not None
+    train = chosen.train if chosen and not start else fine_tuning(model)
+    return RunPlan(
+        train=with_settings(train, settings),
+        start=start or model,
+        tokenizer=chosen.tokenizer if chosen else TokenizerConfig("bpe"),
+        texts=find_texts(texts),
+        held_out=find_texts(held_out) if held_out else [],
+        device=choose_device(device),
+    )
+
+
+def fine_tuning(model: ModelConfig) -> TrainConfig:
+    """A trained model is moved gently: a few percent of the rates that train one from scratch."""
+    return TrainConfig(
+        seq_len=min(_FINE_TUNING_CONTEXT, model.n_positions),
+        batch_size=8,
+        max_steps=1000,
+        warmup_steps=10,
+        eval_every=50,
+        eval_tokens=1 << 14,
+        patience=5,
+        optimizer=OptimizerConfig(lr=5e-4, matrix_lr=3e-3),
+    )
+
+
+def with_settings(train: TrainConfig, settings: dict[str, str]) -> TrainConfig:
+    """`train` with some values replaced: {"batch_size": "4", "optimizer.lr": "0.001"}."""
+    values: dict[str, Any] = asdict(train)
+    for key, text in settings.items():
+        target, _, name = key.rpartition(".")
+        group = values.get(target) if target else values
+        if not isinstance(group, dict) or name not in group or isinstance(group[name], dict):
+            known = [k for k in values if k != "optimizer"]
+            known += [f"optimizer.{k}" for k in values["optimizer"]]
+            raise OptionError(f"a setting of {', '.join(known)}", found=key, do="correct --set")
+        group[name] = _parse(text)
+    return decode(TrainConfig, values, error=OptionError, source="--set", do="correct the value")
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def choose_device(device: str) -> Literal["cpu", "cuda"]:
+    """auto takes a CUDA device if PyTorch finds one. Raises DeviceError."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise DeviceError(
+            "a CUDA device that PyTorch can use",
+            found="none",
+            do="use --device cpu, or install PyTorch's CUDA build",
+        )
+    return "cuda" if device != "cpu" and available else "cpu"

@@ -1,0 +1,105 @@
+"""Fidelity: what the bundle computes, through the runtime that users get, against PyTorch in fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gptrt.session import Session
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gptrt.errors import DataError
+from gptrt.format import Fidelity, Golden
+
+from .data import in_order
+from .model import GPT
+
+Ids = NDArray[np.uint32]
+
+DEFAULT_TOKENS = 16_384
+_LOGITS_BYTES = 64 << 20  # of one batch of windows
+_GOLDEN_PROMPT, _GOLDEN_LENGTH, _GOLDEN_COUNT = 16, 32, 3
+# Kernels of two processors differ in the last bits; a lead below this could turn there.
+_CLEAR_LEAD = 0.05
+
+
+def measure(
+    session: Session,
+    model: GPT,
+    ids: Ids,
+    *,
+    text: str,
+    tokens: int = DEFAULT_TOKENS,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Fidelity:
+    """Perplexities, mean KL divergence and top-1 agreement over the first `tokens` of `ids`.
+
+    Windows of the whole context, none overlapping; every position of a window predicts the next
+    id. Raises DataError if there are less than two ids.
+    """
+    if len(ids) < 2:
+        raise DataError("text of two tokens or more", found=f"{len(ids)}", do="give a longer text")
+    length = min(model.config.n_positions, len(ids) - 1)
+    count = max(1, min(tokens, len(ids) - 1) // length)
+    size = max(1, _LOGITS_BYTES // (4 * length * model.config.vocab_size))
+    sums = np.zeros(4)
+    for done, windows in enumerate(in_order(ids[: count * length + 1], length, size)):
+        sums += _compare(session, model, windows)
+        progress(min(1.0, (done + 1) * size / count))
+    nll, nll_reference, kl, agree = sums / (count * length)
+    return Fidelity(
+        text=text,
+        tokens=count * length,
+        perplexity=math.exp(nll),
+        perplexity_reference=math.exp(nll_reference),
+        perplexity_ratio=math.exp(nll - nll_reference),
+        kl=float(kl),
+        top1=float(agree),
+    )
+
+
+@torch.no_grad()
+def _compare(session: Session, model: GPT, windows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums over a batch of windows [batch, length + 1]: nll, reference nll, KL, agreements."""
+    inputs, targets = windows[:, :-1], torch.from_numpy(windows[:, 1:])
+    cache = session.new_cache(inputs.shape[1], batch=len(inputs))
+    found = _log_probs(torch.from_numpy(session.run(np.ascontiguousarray(inputs), cache, keep=0)))
+    wanted = _log_probs(model(torch.from_numpy(inputs)))
+    nll, nll_reference = (_nll(log_probs, targets) for log_probs in (found, wanted))
+    kl = (wanted.exp() * (wanted - found)).sum().item()
+    agree = (found.argmax(-1) == wanted.argmax(-1)).sum().item()
+    return np.array([nll, nll_reference, kl, agree])
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.float(), dim=-1)  # [batch, length, vocab]
+
+
+def _nll(log_probs: Tensor, targets: Tensor) -> float:
+    return -log_probs.gather(-1, targets[..., None]).double().sum().item()
+
+
+def golden_prompts(session: Session, ids: Ids, context: int) -> tuple[Golden, ...]:
+    """Greedy continuations of a few places of the text, each cut where the lead gets thin."""
+    length = min(_GOLDEN_PROMPT, context // 2, len(ids))
+    starts = [i * (len(ids) - length) // _GOLDEN_COUNT for i in range(_GOLDEN_COUNT)]
+    prompts = {tuple(int(i) for i in ids[start : start + length]) for start in starts}
+    return tuple(Golden(p, _clear_greedy(session, p, context)) for p in sorted(prompts))
+
+
+def _clear_greedy(session: Session, prompt: tuple[int, ...], context: int) -> tuple[int, ...]:
+    cache = session.new_cache(min(context, len(prompt) + _GOLDEN_LENGTH))
+    step, ids = np.array([prompt], np.int64), []
+    while cache.length + step.shape[1] <= cache.capacity:
+        logits = session.run(step, cache)[0, -1]
+        best = int(logits.argmax())
+        lead = logits[best] - np.delete(logits, best).max(initial=-np.inf)
+        if lead < _CLEAR_LEAD:
+            break
+        ids.append(best)
+        step = np.array([[best]], np.int64)
+    return tuple(ids)
