@@ -1,7 +1,9 @@
 """The session: ids and a cache in, logits out. The one file of the runtime that knows onnxruntime.
 
-`run` is the hot path. For the single-token step everything is bound once (ids, position, logits,
-all cache buffers) and rewritten in place; only the mask, which grows, is bound anew, by pointer.
+`run` is the hot path. For the single-token step everything is bound once, the mask at its full
+length, and a step rewrites three numbers in place: id, position and one more 1 in the mask. After a
+step has streamed all weights through the caches, Python runs cold there, and every call that is
+not made saves ten times what it costs in a warm loop.
 """
 
 from __future__ import annotations
@@ -77,13 +79,13 @@ class Session:
                 do="shorten the prompt or ask for fewer new tokens",
             )
         buffers: _Buffers = cache.buffers
-        one = buffers.one if new == 1 else _Pass(buffers, new, keep or new)
-        one.load(ids, cache.length, total)
+        step = buffers.one if new == 1 else _Pass(buffers, new, keep or new, total)
+        step.load(ids, cache.length, total)
         began = time.perf_counter()
-        self._session.run_with_iobinding(one.binding)
+        self._session.run_with_iobinding(step.binding)
         self.seconds_in_graph += time.perf_counter() - began
         cache.length = total
-        return one.logits
+        return step.logits
 
     def _open(self, path: Path) -> Any:
         ort = self._ort
@@ -135,55 +137,60 @@ class Session:
 
 
 class _Buffers:
-    """What a cache needs to run: cache tensors on the device, a mask, the single-token pass."""
+    """What a cache needs to run: its tensors on the device and the single-token pass."""
 
     def __init__(self, session: Session, capacity: int, batch: int) -> None:
         layout = session.manifest.cache
         shape = (batch, layout.kv_heads, capacity, layout.head_dim)
-        dtype = np.dtype(layout.dtype)
+        make = session._ort.OrtValue.ortvalue_from_shape_and_type
         self.session, self.batch = session, batch
-        self.mask = np.ones(batch * capacity, np.int64)  # all ones: any [batch, total] of it is right
         self.layers = [
-            (past, present, session._ort.OrtValue.ortvalue_from_shape_and_type(
-                shape, dtype, session.device, 0
-            ))
+            (past, present, make(shape, np.dtype(layout.dtype), session.device, 0))
             for past, present in zip(session.past_names, session.present_names, strict=True)
         ]
-        self.one = _Pass(self, 1, 1)
+        self.one = _Pass(self, new=1, keep=1, masked=capacity)
 
 
 class _Pass:
-    """One run's worth of bound memory, for `new` tokens a row; reusable at any position."""
+    """One run's worth of bound memory for `new` tokens a row, usable at any position.
 
-    def __init__(self, buffers: _Buffers, new: int, keep: int) -> None:
+    `masked` is the length of the mask; the graph counts its ones to learn how much is valid.
+    """
+
+    def __init__(self, buffers: _Buffers, new: int, keep: int, masked: int) -> None:
         session, batch = buffers.session, buffers.batch
-        self.buffers = buffers
         self.ids, self.positions = (np.zeros((batch, new), np.int64) for _ in range(2))
+        self.mask = np.zeros((batch, masked), np.int64)
         self.keep = np.array([keep], np.int64)
         self.logits = np.empty((batch, keep, session.manifest.model.vocab_size), np.float32)
+        self.filled = 0  # ones in the mask
         self.binding = session._session.io_binding()
         self.on_host = session.device == "cpu"
         for past, present, value in buffers.layers:  # the same memory: updated in place
             self.binding.bind_ortvalue_input(past, value)
             self.binding.bind_ortvalue_output(present, value)
-        self.binding.bind_output(
-            LOGITS, "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data
-        )
+        pointer = self.logits.ctypes.data
+        self.binding.bind_output(LOGITS, "cpu", 0, np.float32, self.logits.shape, pointer)
         self._bind_inputs()
 
     def load(self, ids: Ids, start: int, total: int) -> None:
         """Take ids [batch, new] for positions `start` to `total`."""
         self.ids[...] = ids
-        self.positions[...] = start if ids.shape[1] == 1 else np.arange(start, total)
-        mask = self.buffers.mask
-        shape = (self.buffers.batch, total)
-        self.binding.bind_input(ATTENTION_MASK, "cpu", 0, np.int64, shape, mask.ctypes.data)
+        if total - start == 1 == total - self.filled:  # the step after the step before
+            self.positions[...] = start
+            self.mask[:, start] = 1
+        else:
+            self.positions[...] = np.arange(start, total)
+            self.mask[:, :total] = 1
+            self.mask[:, total:] = 0
+        self.filled = total
         if not self.on_host:  # binding copied the values to the device: copy the new ones
             self._bind_inputs()
 
     def _bind_inputs(self) -> None:
         for name, array in (
             (INPUT_IDS, self.ids),
+            (ATTENTION_MASK, self.mask),
             (POSITION_IDS, self.positions),
             (NUM_LOGITS_TO_KEEP, self.keep),
         ):
