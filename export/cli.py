@@ -12,34 +12,13 @@ from typing import Any
 
 import click
 
-from gptrt.errors import GptrtError, OptionError
+from gptrt.cli import INTERRUPTED, OneLineErrors
+from gptrt.errors import OptionError
 
-INTERRUPTED = 130  # what a shell expects after Ctrl-C
 _path = click.Path(path_type=Path)
 
 
-class _OneLineErrors(click.Group):
-    """Errors as one line on standard error, with the exit status of their kind."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().main(*args, **kwargs | {"standalone_mode": False})
-        except GptrtError as e:
-            message, status = str(e), e.exit_status
-        except click.ClickException as e:
-            message, status = f"{e.format_message()}; see `gptrt-export --help`", 2
-        except (click.Abort, KeyboardInterrupt):
-            message, status = "interrupted", INTERRUPTED
-        except ImportError as e:
-            message = (
-                f"wanted the package {e.name}; found it missing; pip install 'gptrt[export,cpu]'"
-            )
-            status = 2
-        click.echo(f"gptrt-export: error: {' '.join(message.split())}", err=True)
-        sys.exit(status)
-
-
-@click.group(cls=_OneLineErrors)
+@click.group(name="gptrt-export", cls=OneLineErrors)
 def main() -> None:
     """Train or fine-tune a GPT and turn it into a quantized, verified bundle."""
 

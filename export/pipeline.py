@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from gptrt.generator import Generator
-from gptrt.session import Session
 from numpy.typing import NDArray
 
 from gptrt.errors import CheckpointError, DataError, FidelityError, PromptError, TargetError
@@ -29,6 +27,8 @@ from gptrt.format import (
     describe_file,
     open_bundle,
 )
+from gptrt.generator import Generator
+from gptrt.session import Session
 
 from .card import model_card
 from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole

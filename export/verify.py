@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gptrt.session import Session
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gptrt.errors import DataError
 from gptrt.format import Fidelity, Golden
+from gptrt.session import Session
 
 from .data import in_order
 from .model import GPT

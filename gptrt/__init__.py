@@ -1,1 +1,90 @@
+"""gptrt: GPT models on devices, offline, without PyTorch.
+
+    from gptrt import Generator
+
+    with Generator() as gen:
+        print(gen.generate("Once upon a time", max_new_tokens=60, temperature=0.8, seed=7))
+
+Names are loaded when they are first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gptrt.config import GenerationConfig
+    from gptrt.errors import (
+        BundleError,
+        CheckpointError,
+        DataError,
+        DependencyError,
+        DeviceError,
+        FidelityError,
+        GptrtError,
+        OptionError,
+        PromptError,
+        TargetError,
+        TrainingError,
+    )
+    from gptrt.format import Bundle, open_bundle
+    from gptrt.generator import Generation, Generator
+    from gptrt.scoring import Perplexity, perplexity
+    from gptrt.session import Session
+
+_HOMES = {
+    "gptrt.config": ("GenerationConfig",),
+    "gptrt.errors": (
+        "BundleError",
+        "CheckpointError",
+        "DataError",
+        "DependencyError",
+        "DeviceError",
+        "FidelityError",
+        "GptrtError",
+        "OptionError",
+        "PromptError",
+        "TargetError",
+        "TrainingError",
+    ),
+    "gptrt.format": ("Bundle", "open_bundle"),
+    "gptrt.generator": ("Generation", "Generator"),
+    "gptrt.scoring": ("Perplexity", "perplexity"),
+    "gptrt.session": ("Session",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "DataError",
+    "DependencyError",
+    "DeviceError",
+    "FidelityError",
+    "Generation",
+    "GenerationConfig",
+    "Generator",
+    "GptrtError",
+    "OptionError",
+    "Perplexity",
+    "PromptError",
+    "Session",
+    "TargetError",
+    "TrainingError",
+    "open_bundle",
+    "perplexity",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gptrt' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -145,7 +145,7 @@ class Generator:
         self, prompt: list[int], config: GenerationConfig, progress: _Progress
     ) -> Iterator[int]:
         """The decode loop: run, sample, stop, yield. Prefill is its first pass."""
-        session, end = self._open_session(), self.tokenizer.end
+        session, end = self.session, self.tokenizer.end
         room = self.manifest.cache.max_length - len(prompt)
         limit = min(config.max_new_tokens, room)
         cache = session.new_cache(len(prompt) + limit)
@@ -178,7 +178,9 @@ class Generator:
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             outside = next(i for i in ids if not 0 <= i < vocabulary)
             raise PromptError(
-                f"ids from 0 to {vocabulary - 1}", found=str(outside), do="use this model's tokenizer"
+                f"ids from 0 to {vocabulary - 1}",
+                found=str(outside),
+                do="use this model's tokenizer",
             )
         if len(ids) >= context:
             raise PromptError(
@@ -188,7 +190,9 @@ class Generator:
             )
         return ids
 
-    def _open_session(self) -> Runs:
+    @property
+    def session(self) -> Runs:
+        """What runs the graph. Raises OptionError after `close()`."""
         if self._session is None:
             raise OptionError("an open generator", found="a closed one", do="make a new Generator")
         return self._session
@@ -229,5 +233,7 @@ def _one_config(config: GenerationConfig | None, options: dict[str, Any]) -> Gen
 def default_bundle() -> Path:
     """The embedded default: in the installed package of models, or in this checkout."""
     spec = find_spec("gptrt_models")
-    root = Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[1] / "models"
+    root = (
+        Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[1] / "models"
+    )
     return root / "tales"

@@ -141,6 +141,7 @@ class Sampler:
         self._config, self._end, self._sequence = config, end, sequence
         seed = config.seed
         self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
+        self._sampling = config.sampling
         self._plain = not (
             config.repetition_penalty != 1.0
             or config.no_repeat_ngram_size
@@ -152,7 +153,7 @@ class Sampler:
         """The id of new token number `step`, counted from 0."""
         if not self._plain:
             logits = self._constrain(logits, seen, step)
-        if not self._config.sampling:
+        if not self._sampling:
             return greedy(logits)
         return draw(self.warp(logits), uniform(self._seed, self._sequence, step))
 

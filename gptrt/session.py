@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,11 +110,15 @@ class Session:
 
     def _check_graph(self) -> None:
         """What the graph takes and gives must be what the manifest says. Lists every fault."""
-        dtype = {"float32": "tensor(float)", "float16": "tensor(float16)"}[self.manifest.cache.dtype]
+        dtype = {"float32": "tensor(float)", "float16": "tensor(float16)"}[
+            self.manifest.cache.dtype
+        ]
         wanted = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, POSITION_IDS), ("tensor(int64)", 2))
-        wanted |= {name: (dtype, 4) for name in self.past_names}
+        wanted |= dict.fromkeys(self.past_names, (dtype, 4))
         found = {i.name: (i.type, len(i.shape)) for i in self._session.get_inputs()}
-        faults = [f"{n} is {found.get(n)}, wanted {w}" for n, w in wanted.items() if found.get(n) != w]
+        faults = [
+            f"{n} is {found.get(n)}, wanted {w}" for n, w in wanted.items() if found.get(n) != w
+        ]
         faults += [f"unknown input {name}" for name in found.keys() - wanted.keys()]
         outputs = {o.name for o in self._session.get_outputs()}
         faults += [f"output {n} is missing" for n in {LOGITS, *self.present_names} - outputs]
@@ -128,7 +131,9 @@ class Session:
 
     @property
     def past_names(self) -> list[str]:
-        return [past_name(n, p) for n in range(self.manifest.cache.layers) for p in ("key", "value")]
+        return [
+            past_name(n, p) for n in range(self.manifest.cache.layers) for p in ("key", "value")
+        ]
 
     @property
     def present_names(self) -> list[str]:
@@ -244,7 +249,9 @@ def _check_threads(threads: int | None) -> int:
 
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, bounded by the container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(cores, round(int(quota) / int(period))))
