@@ -33,6 +33,7 @@ from gptrt.format import (
 
 from .model import GPT, rotary_tables
 
+PARAMETER_PREFIX = "model."  # of the constants: the rest is the parameter's name in GPT
 OPSET = 21  # the newest whose every operator onnxruntime has had for long
 
 

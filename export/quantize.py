@@ -26,6 +26,7 @@ Bytes = NDArray[np.uint8]
 MICROSOFT = "com.microsoft"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_BLOCK = 128
+PACKED_SUFFIX = "_quantized"  # of a matrix's integers; the rest of the name is the parameter's
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: products in int8, sums in int32
 
 # Shrinking the largest value of a block by up to a third can lower the error of all the others.
@@ -171,15 +172,12 @@ class Product:
 
     @property
     def is_head(self) -> bool:
-        return any(_reaches_logits(output) for output in self.node.outputs)
-
-
-def _reaches_logits(value: ir.Value) -> bool:
-    return value.name == LOGITS or any(
-        node.op_type in ("Cast", "Add") and _reaches_logits(node.outputs[0])
-        for node, _ in value.uses()
-        if value.is_graph_output() is False and node.op_type == "Cast"
-    )
+        """Whether the product is the logits, but for a cast."""
+        value = self.node.outputs[0]
+        uses = [node for node, _ in value.uses()]
+        if len(uses) == 1 and uses[0].op_type == "Cast":
+            value = uses[0].outputs[0]
+        return value.name == LOGITS
 
 
 def products(graph: ir.Graph) -> Iterator[Product]:
@@ -220,7 +218,7 @@ def quantize_graph(model: ir.Model, recipe: Recipe) -> Quantization:
 
 
 def _names(name: str) -> tuple[str, str]:
-    return f"{name}_quantized", f"{name}_scales"
+    return name + PACKED_SUFFIX, name + "_scales"
 
 
 def _add_constants(graph: ir.Graph, name: str, matrix: BlockMatrix) -> None:

@@ -12,10 +12,10 @@ import torch
 from gptrt.errors import DeviceError, OptionError
 from gptrt.format import ModelConfig, decode
 
-from .checkpoint import load_checkpoint
 from .data import find_texts
 from .optimizer import OptimizerConfig
 from .presets import load_preset, preset_names
+from .reopen import load_checkpoint_or_bundle
 from .runs import RunPlan, TrainConfig
 from .tokenization import TokenizerConfig
 
@@ -37,7 +37,7 @@ def plan_run(
     if not texts:
         raise OptionError("--data FILES to train on", found="none", do="give text files or folders")
     chosen = load_preset(preset) if preset else None
-    start = load_checkpoint(checkpoint) if checkpoint else None
+    start = load_checkpoint_or_bundle(checkpoint) if checkpoint else None
     model = start.config if start else chosen.model if chosen else None
     assert model is not None
     train = chosen.train if chosen and not start else fine_tuning(model)
