@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from gptrt.errors import CheckpointError
+from gptrt.errors import CheckpointError, TargetError
 from gptrt.format import CONFIG_FILE, TOKENIZER_FILE, ModelConfig, read_json
 
 from .families import family_for, family_named
@@ -198,9 +198,13 @@ def written_whole(target: Path) -> Iterator[Path]:
     Everything in it is flushed to disk before the rename; on an error it is removed. What a
     killed process leaves behind has a name that starts with a dot and is never read.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    temporary.mkdir()
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as e:
+        raise TargetError(
+            f"to write {target}", found=e.strerror or str(e), do="choose another place"
+        ) from e
     try:
         yield temporary
         for file in temporary.iterdir():

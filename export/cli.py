@@ -67,8 +67,9 @@ def train(
         click.echo(f"stopped at step {result.steps}; go on with: {_resume_line(out)}", err=True)
         sys.exit(INTERRUPTED)
     click.echo(
-        f"{result.steps} steps in {result.seconds:.0f} s, ended by {result.reason}; best validation "
-        f"loss {result.best_loss:.4f}, perplexity {result.perplexity:.2f}; curves in {out}/loss.png",
+        f"{result.steps} steps in {result.seconds:.0f} s, ended by {result.reason}; "
+        f"best validation loss {result.best_loss:.4f}, perplexity {result.perplexity:.2f}; "
+        f"curves in {out / 'loss.png'}",
         err=True,
     )
 
@@ -89,7 +90,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C or a polite kill asks the loop to save and stop; a second Ctrl-C stops at once."""
     asked = False
 
-    def ask(signum: int, frame: object) -> None:
+    def ask(signum: int, _frame: object) -> None:
         nonlocal asked
         if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
@@ -115,47 +116,23 @@ def presets() -> None:
 @main.command()
 @click.argument("checkpoint", type=_path)
 @click.option("--out", required=True, type=_path, help="The bundle folder to write.")
-@click.option(
-    "--quantize",
-    type=click.Choice(["none", "fp16", "int8", "int4"]),
-    default="int4",
-    show_default=True,
-)
+@click.option("--quantize", "mode", type=click.Choice(["none", "fp16", "int8", "int4"]))
 @click.option("--block-size", type=int, help="Weights that share a scale.")
-@click.option("--head-bits", type=click.Choice(["4", "8"]), help="Bits of the vocabulary matrix.")
+@click.option("--head-bits", type=click.Choice([4, 8]), help="Bits of the vocabulary matrix.")
 @click.option("--verify-text", type=_path, help="Text to measure fidelity on.")
 @click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
 @click.option("--allow-loss", is_flag=True, help="Write the bundle even if fidelity fails.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def convert(
-    checkpoint: Path,
-    out: Path,
-    quantize: str,
-    block_size: int | None,
-    head_bits: str | None,
-    verify_text: Path | None,
-    max_perplexity_ratio: float | None,
-    allow_loss: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Convert a checkpoint into a bundle that `gptrt` runs.
+def convert(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Convert a checkpoint into a bundle that `gptrt` runs: int4 by default.
 
     gptrt-export convert runs/nano --out bundles/nano --quantize int8
     """
     from . import pipeline
 
-    options = pipeline.ConvertOptions(
-        mode=quantize,
-        block_size=block_size,
-        head_bits=int(head_bits) if head_bits else None,
-        verify_text=verify_text,
-        max_perplexity_ratio=max_perplexity_ratio,
-        allow_loss=allow_loss,
-        force=force,
-    )
-    manifest = pipeline.convert(checkpoint, out, options, _say)
+    given = {name: value for name, value in options.items() if value is not None}
+    manifest = pipeline.convert(checkpoint, out, pipeline.ConvertOptions(**given), _say)
     _report(pipeline.summary(out, manifest, manifest.fidelity), as_json)
 
 

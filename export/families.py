@@ -45,7 +45,7 @@ def family_named(model_type: str) -> Family:
     )
 
 
-# --- gpt2: Conv1D matrices are stored [in, out], ours are [out, in] -------------------------------
+# --- gpt2: Conv1D matrices are stored [in, out], ours are [out, in] --------------------
 
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf"}
 _CONV1D = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
@@ -116,7 +116,7 @@ def _gpt2_from_tensors(config: ModelConfig, tensors: State) -> State:
     return _with_tied_head(config, state)
 
 
-# --- llama: q, k, v and gate, up are apart there, one matrix here -----------------------------------
+# --- llama: q, k, v and gate, up are apart there, one matrix here --------------------
 
 _LLAMA_NAMES = {
     "model.embed_tokens.weight": "wte.weight",
@@ -198,7 +198,7 @@ def _llama_to_tensors(config: ModelConfig, state: State) -> State:
         for name, own in _LLAMA_LAYER.items():
             tensors[theirs + name] = state[ours + own]
         for own, parts in _LLAMA_JOINED.items():
-            split = state[ours + own].split(sizes[own])
+            split = torch.split(state[ours + own], sizes[own])
             tensors |= {f"{theirs}{p}.weight": t.clone() for p, t in zip(parts, split, strict=True)}
     return _without_tied_head(config, tensors)
 
@@ -218,7 +218,7 @@ def _llama_from_tensors(config: ModelConfig, tensors: State) -> State:
     return _with_tied_head(config, state | rest)  # what is left over is reported by the caller
 
 
-# --- our own: every combination that ModelConfig can say ----------------------------------------------
+# --- our own: every combination that ModelConfig can say --------------------
 
 
 def _own_to_json(config: ModelConfig) -> Json:
@@ -229,7 +229,7 @@ def _own_from_json(json: Json) -> ModelConfig:
     return decode(ModelConfig, json.get("model"), error=CheckpointError, source="config.json")
 
 
-# --- shared ---------------------------------------------------------------------------------------------
+# --- shared --------------------
 
 
 def _checked(**values: Any) -> ModelConfig:
@@ -284,7 +284,7 @@ FAMILIES = (
     ),
     Family(
         "gptrt",
-        lambda config: True,
+        lambda _: True,
         _own_to_json,
         _own_from_json,
         _without_tied_head,

@@ -89,7 +89,7 @@ class CachedAttention:
 
 
 class GraphLinear(nn.Module):
-    """A linear layer whose weight bears its own name in the graph, as MatMul wants it: [in, out]."""
+    """A linear layer whose weight keeps its name in the graph, turned for MatMul: [in, out]."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -106,10 +106,10 @@ class GraphRMSNorm(nn.Module):
 
     def __init__(self, norm: nn.RMSNorm) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.eps
+        self.weight, self.eps = norm.weight, norm.eps or 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        attributes = {"axis": -1, "epsilon": self.eps, "stash_type": 1}
+        attributes: dict[str, Any] = {"axis": -1, "epsilon": self.eps, "stash_type": 1}
         y: Tensor = torch.onnx.ops.symbolic(
             "SimplifiedLayerNormalization",
             (x, self.weight),
@@ -202,7 +202,7 @@ def _simplify(graph: ir.Model) -> None:
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.CommonSubexpressionEliminationPass(),
-        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.RemoveUnusedOpsetsPass(),
         passes.NameFixPass(),
     ):

@@ -29,9 +29,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low = weight.to(dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
-        for part, answer, out in zip(
-            x.split(rows), targets.split(rows), grad_x.split(rows), strict=True
-        ):
+        chunks = (torch.split(tensor, rows) for tensor in (x, targets, grad_x))
+        for part, answer, out in zip(*chunks, strict=True):
             part = part.to(dtype)
             log_probs = F.log_softmax((part @ low.T).float(), dim=-1)  # [rows, vocab]
             counts = answer != IGNORED

@@ -78,7 +78,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         x = x + self.dropout(self.attn(self.ln_1(x), attend))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+        out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)))
+        return out
 
 
 class GPT(nn.Module):
@@ -163,9 +164,11 @@ class CausalAttention:
     def __call__(self, layer: int, packed: Tensor) -> Tensor:
         del layer  # no layer differs
         config = self.config
-        heads = packed.unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        heads = packed.view(*packed.shape[:2], -1, config.head_dim).transpose(1, 2)
         # each [batch, heads, seq, head_dim]
-        query, key, value = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], dim=1)
+        query, key, value = torch.split(
+            heads, [config.n_head, config.n_kv_head, config.n_kv_head], dim=1
+        )
         if config.positions == "rotary":
             cos, sin = self._tables(query)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)

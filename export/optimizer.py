@@ -40,7 +40,7 @@ class Optimizer:
             if config.kind == "muon" and n[:2] == "h." and p.ndim == 2
         }
         rest = {n: p for n, p in named.items() if n not in matrices}
-        self._names = {p: n for n, p in named.items()}
+        self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
         self._parts: list[torch.optim.Optimizer] = [_adamw(rest, config)]
         if matrices:
             self._parts.append(_muon(matrices, config))

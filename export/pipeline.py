@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -57,14 +58,21 @@ def _silent(line: str) -> None:
 class ConvertOptions:
     """`max_perplexity_ratio` None takes the limit of the mode from `LIMITS`."""
 
-    mode: str = "int4"  # "none", "fp16", "int8" or "int4"
-    block_size: int | None = None
-    head_bits: int | None = None
+    mode: Literal["none", "fp16", "int8", "int4"] = "int4"
+    block_size: int = DEFAULT_BLOCK
+    head_bits: int = 8
     verify_text: Path | None = None
     verify_tokens: int = DEFAULT_TOKENS
     max_perplexity_ratio: float | None = None
     allow_loss: bool = False
     force: bool = False
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Raises OptionError for a block size that there is not."""
+        if self.mode == "int8" or self.mode == "int4":
+            return Recipe(self.mode, self.block_size, self.head_bits)
+        return None
 
 
 def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _silent) -> Manifest:
@@ -73,7 +81,7 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _sile
     Raises TargetError if `out` is taken, FidelityError if the bundle is not the model any more.
     """
     refuse_taken(out, force=options.force)
-    recipe = make_recipe(options)
+    recipe = options.recipe
     checkpoint = load_checkpoint(source)
     check_exportable(checkpoint.config)
     ids, text = verification_ids(source, checkpoint, options.verify_text)
@@ -98,13 +106,6 @@ _UNQUANTIZED = {
     "none": Quantization("none", "none", 32, 32, 0, 32.0),
     "fp16": Quantization("fp16", "none", 16, 16, 0, 16.0),
 }
-
-
-def make_recipe(options: ConvertOptions) -> Recipe | None:
-    """Raises OptionError for a block size that there is not."""
-    if options.mode in _UNQUANTIZED:
-        return None
-    return Recipe(options.mode, options.block_size or DEFAULT_BLOCK, options.head_bits)
 
 
 def verify(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -53,7 +54,7 @@ class BlockFormat:
 class BlockMatrix:
     """A quantized matrix [rows, columns] as onnxruntime reads it.
 
-    packed is uint8 [rows, blocks, block_size * bits / 8], low bits first; scales fp32 [rows, blocks].
+    packed is uint8 [rows, blocks, block_size * bits / 8], low bits first; scales [rows, blocks].
     """
 
     format: BlockFormat
@@ -84,7 +85,7 @@ def best_scales(blocks: Float, fmt: BlockFormat) -> Float:
     """
     at = np.abs(blocks).argmax(axis=-1, keepdims=True)
     extreme = np.take_along_axis(blocks, at, axis=-1)[..., 0]
-    full = -extreme / fmt.zero
+    full = np.float32(-1.0 / fmt.zero) * extreme
     if fmt.bits == 8:
         return full  # the error is far below what the products round away
     best, least = full, np.full(full.shape, np.inf, np.float32)
@@ -98,9 +99,8 @@ def best_scales(blocks: Float, fmt: BlockFormat) -> Float:
 
 def round_to(blocks: Float, scales: Float, fmt: BlockFormat) -> Float:
     """Signed integers, as floats, in [-zero, zero - 1]."""
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    q = np.rint(blocks * inverse[..., None])
-    return np.clip(q, -fmt.zero, fmt.zero - 1, out=q)
+    inverse = np.divide(np.float32(1.0), scales, out=np.zeros_like(scales), where=scales != 0)
+    return np.clip(np.rint(blocks * inverse[..., None]), -fmt.zero, fmt.zero - 1)
 
 
 def _to_blocks(weight: Float, size: int) -> Float:
@@ -118,7 +118,8 @@ def pack(q: Bytes, bits: int) -> Bytes:
     per_byte = 8 // bits
     parts = q.reshape(*q.shape[:-1], -1, per_byte)
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
-    return np.bitwise_or.reduce(parts << shifts, axis=-1).astype(np.uint8)
+    packed: Bytes = np.bitwise_or.reduce(parts << shifts, axis=-1).astype(np.uint8)
+    return packed
 
 
 def unpack(packed: Bytes, bits: int) -> Bytes:
@@ -133,27 +134,29 @@ def unpack(packed: Bytes, bits: int) -> Bytes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a user asks for: `head_bits` is for the matrix that gives the logits."""
+    """What a user asks for. `head_bits` is for the matrix that gives the logits, which is the most
+    sensitive one; where it is the embedding too, it is stored once in that precision."""
 
-    mode: str  # "int8" or "int4"
+    mode: Literal["int8", "int4"]
     block_size: int = DEFAULT_BLOCK
-    head_bits: int | None = None
+    head_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise OptionError(
-                f"a block size of {sizes}", found=str(self.block_size), do="choose one"
+                f"a block size of {sizes}", found=str(self.block_size), do="choose one of them"
             )
 
     @property
     def bits(self) -> int:
         return {"int8": 8, "int4": 4}[self.mode]
 
-    def format_for(self, is_head: bool, columns: int) -> BlockFormat:
-        bits = self.head_bits if is_head and self.head_bits else self.bits
-        fitting = [size for size in BLOCK_SIZES if size >= columns]  # no block beyond the row
-        return BlockFormat(bits, min([self.block_size, *fitting]))
+    def format_for(self, product: Product) -> BlockFormat:
+        """No block reaches beyond the row by more than its nearest size."""
+        columns = product.columns
+        size = min([self.block_size, *(size for size in BLOCK_SIZES if size >= columns)])
+        return BlockFormat(self.head_bits if product.is_head else self.bits, size)
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,11 @@ class Product:
         assert self.weight.const_value is not None
         values = self.weight.const_value.numpy().astype(np.float32)
         return np.ascontiguousarray(values if self.transpose else values.T)
+
+    @property
+    def columns(self) -> int:
+        assert self.weight.const_value is not None
+        return self.weight.const_value.shape.numpy()[1 if self.transpose else 0]
 
     @property
     def is_head(self) -> bool:
@@ -198,14 +206,10 @@ def quantize_graph(model: ir.Model, recipe: Recipe) -> Quantization:
     graph = model.graph
     model.opset_imports[MICROSOFT] = 1
     stored: dict[str, BlockMatrix] = {}
-    formats = set()
     for product in list(products(graph)):
         name = str(product.weight.name)
         if name not in stored:
-            matrix = product.matrix()
-            fmt = recipe.format_for(product.is_head, matrix.shape[1])
-            stored[name] = quantize_matrix(matrix, fmt)
-            formats.add(fmt)
+            stored[name] = quantize_matrix(product.matrix(), recipe.format_for(product))
             _add_constants(graph, name, stored[name])
         _replace_product(graph, product, stored[name])
     for node in list(graph):
@@ -222,8 +226,9 @@ def _names(name: str) -> tuple[str, str]:
 
 
 def _add_constants(graph: ir.Graph, name: str, matrix: BlockMatrix) -> None:
-    for key, array in zip(_names(name), (matrix.packed, matrix.scales), strict=True):
-        graph.initializers.add(ir.Value(name=key, const_value=ir.tensor(array, name=key)))
+    packed, scales = _names(name)
+    graph.initializers.add(ir.Value(name=packed, const_value=ir.tensor(matrix.packed, name=packed)))
+    graph.initializers.add(ir.Value(name=scales, const_value=ir.tensor(matrix.scales, name=scales)))
 
 
 def _replace_product(graph: ir.Graph, product: Product, matrix: BlockMatrix) -> None:
@@ -311,10 +316,10 @@ def _describe(recipe: Recipe, stored: dict[str, BlockMatrix]) -> Quantization:
     weights = sum(len(m.scales) * m.columns for m in stored.values())
     bits = sum(8 * (m.packed.nbytes + m.scales.nbytes) for m in stored.values())
     return Quantization(
-        mode="int8" if recipe.mode == "int8" else "int4",
+        mode=recipe.mode,
         method="round-to-nearest, least-squares scales",
         bits=recipe.bits,
-        head_bits=recipe.head_bits or recipe.bits,
+        head_bits=recipe.head_bits,
         block_size=recipe.block_size,
         bits_per_weight=round(bits / max(1, weights), 4),
     )

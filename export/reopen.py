@@ -65,7 +65,9 @@ def _quantized(graph: ir.Graph) -> Iterator[tuple[str, Any]]:
     """Parameters stored in blocks, [out, in]."""
     for node in graph:
         if node.op_type == "MatMulNBits" and node.inputs[1] is not None and node.inputs[2]:
-            fmt = BlockFormat(node.attributes["bits"].as_int(), node.attributes["block_size"].as_int())
+            fmt = BlockFormat(
+                node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+            )
             packed, scales = (_array(value) for value in node.inputs[1:3] if value is not None)
             matrix = BlockMatrix(fmt, node.attributes["K"].as_int(), packed, scales)
             name = str(node.inputs[1].name).removesuffix(PACKED_SUFFIX)

@@ -51,7 +51,8 @@ class TrainConfig:
     """How to train. A run ends at `max_steps`, `max_time` seconds or when validation stops gaining.
 
     `batch_size` windows of `seq_len` tokens make a micro-batch, `grad_accum` micro-batches a step.
-    The learning rate rises over `warmup_steps`, then falls along a cosine to `final_lr` of its peak.
+    The learning rate rises over `warmup_steps`, then falls along a cosine to `final_lr` of its
+    peak.
     """
 
     seq_len: int = bounded(1, 1 << 20)

@@ -29,7 +29,7 @@ _PLAIN = {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer a preset trains. `plain_punctuation` maps curly quotes and dashes to ASCII."""
+    """Which tokenizer a preset trains; `plain_punctuation` makes curly quotes and dashes ASCII."""
 
     kind: Literal["bpe", "char"]
     vocab_size: int = 8192
@@ -79,11 +79,9 @@ def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
     try:
         vocabulary = json.loads(encoder.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [
-            tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
-        ]
-        tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
-    except (OSError, ValueError, Exception) as e:
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        tokenizer = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in pairs]))
+    except Exception as e:  # the library raises plain Exception
         raise CheckpointError(
             f"GPT-2's vocabulary and merges in {encoder} and {merges}",
             found=str(e),

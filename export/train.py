@@ -28,7 +28,7 @@ from .plots import plot_losses
 from .progress import ProgressBar
 from .runs import PLOT_FILE, Run, State, TrainConfig, tokens_per_step, truncate_log
 
-# bfloat16 halves the time of a wide product and costs two casts; below this width they eat the gain.
+# bfloat16 halves the time of a wide product and costs two casts, which eat the gain below this.
 _BF16_MIN_WIDTH = 192
 
 

@@ -1,9 +1,8 @@
-"""Fidelity: what the bundle computes, through the runtime that users get, against PyTorch in fp32."""
+"""Fidelity: what a bundle computes, through the runtime that users get, against PyTorch in fp32."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,7 +33,6 @@ def measure(
     *,
     text: str,
     tokens: int = DEFAULT_TOKENS,
-    progress: Callable[[float], None] = lambda share: None,
 ) -> Fidelity:
     """Perplexities, mean KL divergence and top-1 agreement over the first `tokens` of `ids`.
 
@@ -47,9 +45,8 @@ def measure(
     count = max(1, min(tokens, len(ids) - 1) // length)
     size = max(1, _LOGITS_BYTES // (4 * length * model.config.vocab_size))
     sums = np.zeros(4)
-    for done, windows in enumerate(in_order(ids[: count * length + 1], length, size)):
+    for windows in in_order(ids[: count * length + 1], length, size):
         sums += _compare(session, model, windows)
-        progress(min(1.0, (done + 1) * size / count))
     nll, nll_reference, kl, agree = sums / (count * length)
     return Fidelity(
         text=text,

@@ -1,86 +1,104 @@
-"""Speed of a bundle on this machine, as an application sees it."""
+"""How fast a bundle runs on this machine, as a user of Generator meets it."""
 
 from __future__ import annotations
 
+import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
-
-import numpy as np
+from typing import Any
 
 from gptrt.errors import OptionError
-from gptrt.format import open_bundle
-from gptrt.generator import Generator
-from gptrt.session import Session
+from gptrt.format import ModelConfig, open_bundle
+from gptrt.generator import Generator, embedded_bundle
+from gptrt.session import Device, Session
 from gptrt.tokenizer import Tokenizer
-
-_ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Medians over rounds. `ttft_s` is the time to the first token of a loaded model;
-    `loop_overhead_us` is what a decode step costs beside onnxruntime's run."""
+class _Round:
+    """Times of one generation, in seconds; `loop` has one a step, outside onnxruntime."""
 
-    load_s: float
-    prefill_tok_s: float
-    decode_tok_s: float
-    ttft_s: float
-    loop_overhead_us: float
-    peak_rss_mb: float
-    weights_bytes: int
+    first: float
+    decode: float
+    loop: list[float]
 
 
 def bench(
-    path: Path, *, prompt_tokens: int = 64, new_tokens: int = 128, threads: int | None = None
-) -> Bench:
-    """Measure greedy generation. Raises OptionError if the lengths do not fit the context."""
+    path: str | os.PathLike[str] | None = None,
+    *,
+    device: Device = "auto",
+    threads: int | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """Load the bundle at `path` (default: the embedded one) and measure it.
+
+    Medians of `rounds` after one that warms up: `load_s` hashes the files, imports onnxruntime
+    and opens the graph, once; `ttft_s` lasts from the call to the first id, `prefill_tok_s` is
+    the prompt over that; `decode_tok_s` counts the ids after the first. `loop_overhead_us` is the
+    median over all steps of what a step takes outside onnxruntime, text included.
+    `peak_rss_mb` is of the whole process, in 10**6 bytes, None where the system does not tell.
+    """
     began = time.perf_counter()
-    bundle = open_bundle(path)
-    session = Session(bundle, device="auto", threads=threads)
-    generator = Generator.from_parts(session, Tokenizer.of(bundle))
+    bundle = open_bundle(embedded_bundle() if path is None else path)
+    session, tokenizer = Session(bundle, device=device, threads=threads), Tokenizer.open(bundle)
+    generator = Generator.from_parts(session, tokenizer.endless())
     load = time.perf_counter() - began
-    context = bundle.manifest.cache.max_length
-    if prompt_tokens < 1 or new_tokens < 2 or prompt_tokens + new_tokens > context:
+
+    prompt, new = _sizes(bundle.manifest.model, prompt_tokens, new_tokens)
+    measured = [_round(generator, session, prompt, new) for _ in range(1 + rounds)][1:]
+    first = _median(measured, lambda r: r.first)
+    return {
+        "load_s": load,
+        "prefill_tok_s": prompt / first,
+        "decode_tok_s": (new - 1) / _median(measured, lambda r: r.decode),
+        "ttft_s": first,
+        "loop_overhead_us": 1e6 * statistics.median(t for r in measured for t in r.loop),
+        "peak_rss_mb": _peak_rss_mb(),
+        "weights_bytes": bundle.weights_bytes,
+    }
+
+
+def _round(generator: Generator, session: Session, prompt: int, new: int) -> _Round:
+    """One generation of ids that no text is needed for: the same ones every time."""
+    vocab_size = session.manifest.model.vocab_size
+    ids = [(i * 7919) % vocab_size for i in range(prompt)]
+    decoder = generator.tokenizer.stream_decoder()
+    ends, inside = [time.perf_counter()], [session.graph_seconds]
+    for token in generator.tokens(ids, max_new_tokens=new):
+        decoder.push(token)
+        ends.append(time.perf_counter())
+        inside.append(session.graph_seconds)
+    loop = [(ends[i + 1] - ends[i]) - (inside[i + 1] - inside[i]) for i in range(1, new)]
+    return _Round(ends[1] - ends[0], ends[-1] - ends[1], loop)
+
+
+def _sizes(model: ModelConfig, prompt: int | None, new: int | None) -> tuple[int, int]:
+    """64 prompt and 128 new tokens, or what the context has room for."""
+    context = model.n_positions
+    prompt = min(64, context // 2) if prompt is None else prompt
+    new = max(2, min(128, context - prompt)) if new is None else new
+    if prompt < 1 or new < 2 or prompt + new > context:
         raise OptionError(
-            f"a prompt of 1 or more and 2 or more new tokens, {context} together at most",
-            found=f"{prompt_tokens} and {new_tokens}",
-            do="choose fewer tokens",
+            f"a prompt of 1 or more and 2 or more new tokens, at most {context} together",
+            found=f"{prompt} and {new}",
+            do="ask for fewer",
         )
-    generator.tokenizer.end = None  # a closing token must not end a measurement
-    rounds = [_round(generator, session, prompt_tokens, new_tokens) for _ in range(_ROUNDS + 1)]
-    first, steps, overheads = zip(*rounds[1:], strict=True)  # the first one warms up
-    return Bench(
-        load_s=load,
-        prefill_tok_s=prompt_tokens / median(first),
-        decode_tok_s=1 / median(median(one) for one in steps),
-        ttft_s=median(first),
-        loop_overhead_us=1e6 * median(median(one) for one in overheads),
-        peak_rss_mb=_peak_rss_mb(),
-        weights_bytes=bundle.weights_bytes,
-    )
+    return prompt, new
 
 
-def _round(
-    generator: Generator, session: Session, prompt_tokens: int, new_tokens: int
-) -> tuple[float, list[float], list[float]]:
-    """Seconds to the first token; per further token, its seconds and those outside the graph."""
-    random = np.random.default_rng(0)
-    prompt = random.integers(session.manifest.model.vocab_size, size=prompt_tokens).tolist()
-    marks = [(time.perf_counter(), session.seconds_in_graph)]
-    for _ in generator.tokens(prompt, max_new_tokens=new_tokens):
-        marks.append((time.perf_counter(), session.seconds_in_graph))
-    walls, graphs = (np.diff([mark[i] for mark in marks]) for i in (0, 1))
-    return float(walls[0]), walls[1:].tolist(), (walls - graphs)[1:].tolist()
+def _median(rounds: list[_Round], value: Callable[[_Round], float]) -> float:
+    return statistics.median(map(value, rounds))
 
 
-def _peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in 10^6 bytes."""
+def _peak_rss_mb() -> float | None:
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan")
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,4 +1,4 @@
-"""The KV cache: per layer one key and one value buffer that the graph updates in place."""
+"""The KV cache: what a sequence has been read of so far, so that it is never read again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass
 class KVCache:
-    """What has been read so far, `length` of `capacity` positions in each of `batch` rows.
+    """`length` of `capacity` positions are filled, in each of `batch` rows.
 
-    `buffers` belongs to the session that made the cache. Positions at or after `length` are never
-    read, so going back is setting `length` back.
+    `buffers` belong to the session that made the cache. Positions from `length` on are never
+    looked at, so going back is setting `length` back.
     """
 
     batch: int
     capacity: int
-    buffers: Any
+    buffers: Any = None
     length: int = 0

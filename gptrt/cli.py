@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from gptrt import __version__
 from gptrt.errors import DataError, GptrtError
 
-INTERRUPTED = 130  # what a shell expects after Ctrl-C
+INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the signal: what a shell expects of them
 _path = click.Path(path_type=Path)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class OneLineErrors(click.Group):
@@ -26,180 +29,206 @@ class OneLineErrors(click.Group):
         except GptrtError as e:
             message, status = str(e), e.exit_status
         except click.ClickException as e:
-            message, status = f"{e.format_message()}; see `{self.name} --help`", 2
+            message, status = f"{e.format_message().rstrip('.')}; see `{self.name} --help`", 2
+        except OSError as e:
+            message, status = f"wanted to read or write {e.filename}; found {e.strerror}", 2
+            message += "; check that it is there, that it may be used, and that the disk has room"
         except (click.Abort, KeyboardInterrupt):
-            message, status = "interrupted", INTERRUPTED
-        except BrokenPipeError:  # the reader has gone: nobody is left to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+            sys.exit(INTERRUPTED)
         click.echo(f"{self.name}: error: {' '.join(message.split())}", err=True)
         sys.exit(status)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a narrow encoding must not end a stream
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # Whoever read has had enough. Python would flush once more at its end, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(CLOSED_PIPE)
 
-@click.group(name="gptrt", cls=OneLineErrors)
-@click.version_option(package_name="gptrt")
-def main() -> None:
-    """Run a GPT bundle offline. Without BUNDLE, the embedded default serves."""
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-_threads = click.option("--threads", type=int, help="Cores to use; all of them by default.")
+_engine = _options(
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"])),
+    click.option("--threads", type=int, help="Of the processor; default: every core."),
+)
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object, nothing else.")
 _bundle = click.argument("bundle", type=_path, required=False)
 
 
-@main.command()
-@click.argument("bundle_and_prompt", nargs=-1, required=True, metavar="[BUNDLE] PROMPT")
-@click.option("--max-new-tokens", type=int)
-@click.option("--temperature", type=float, help="Above 0 means sampling.")
-@click.option("--top-k", type=int)
-@click.option("--top-p", type=float)
-@click.option("--min-p", type=float)
-@click.option("--repetition-penalty", type=float)
-@click.option("--stop", "stop_strings", multiple=True, help="Stop before this text; repeatable.")
-@click.option("--seed", type=int)
-@_device
-@_threads
-@_json
-def generate(
-    bundle_and_prompt: tuple[str, ...],
-    device: Any,
-    threads: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Continue PROMPT; "-" reads it from standard input.
+@click.group(name="gptrt", cls=OneLineErrors, no_args_is_help=False)
+@click.version_option(__version__, prog_name="gptrt")
+def main() -> None:
+    """Run GPT bundles offline. Where BUNDLE is left out, the embedded one serves.
 
-    gptrt generate "Once upon a time" --temperature 0.8 --seed 7
+    Example: gptrt generate "Once upon a time"
     """
-    from gptrt.config import GenerationConfig
+
+
+@main.command()
+@click.argument("words", nargs=-1, required=True, metavar="[BUNDLE] PROMPT")
+@click.option("--max-new-tokens", type=int)
+@click.option("--min-new-tokens", type=int)
+@click.option("--temperature", type=float, help="0 is greedy; above it, ids are drawn by chance.")
+@click.option("--top-k", type=int, help="Draw from the K most likely.")
+@click.option("--top-p", type=float, help="Draw from the most likely that reach P together.")
+@click.option("--min-p", type=float, help="Draw from those P times as likely as the first.")
+@click.option("--repetition-penalty", type=float, help="Above 1, repeat less.")
+@click.option("--no-repeat-ngram-size", type=int, help="Never repeat so many ids in a row.")
+@click.option("--stop", "stop_strings", multiple=True, help="End before this; may be repeated.")
+@click.option("--max-time", type=float, help="Seconds.")
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@_engine
+@_json
+def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Continue PROMPT; `-` reads it from standard input.
+
+    Example: gptrt generate bundles/tales "The king said" --temperature 0.8 --seed 7
+    """
     from gptrt.generator import Generator
 
-    if len(bundle_and_prompt) > 2:
-        raise click.UsageError("wanted [BUNDLE] PROMPT; found more: put the prompt in quotes")
-    *bundle, prompt = bundle_and_prompt
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    config = GenerationConfig.from_options(**given)
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    with Generator(*bundle, device=device, threads=threads) as generator:
+    if len(words) > 2:
+        raise click.UsageError(f"Wanted [BUNDLE] PROMPT, got {len(words)} words: quote the prompt.")
+    *bundle, prompt = words
+    options["stop_strings"] = options["stop_strings"] or None
+    engine = _given(device=options.pop("device"), threads=options.pop("threads"))
+    with Generator(*bundle, **engine) as generator:
         if as_json:
-            done = generator.complete(prompt, config=config)
+            result = generator.complete(_read_prompt(prompt), **options)
             keys = ("text", "prompt_ids", "ids", "finish_reason")
-            _print_json({key: getattr(done, key) for key in keys})
+            _print_json({key: getattr(result, key) for key in keys})
             return
-        for piece in generator.stream(prompt, config=config):
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-        click.echo()
+        for piece in generator.stream(_read_prompt(prompt), **options):
+            click.echo(piece, nl=False)  # flushes
+    click.echo()
 
 
 @main.command()
 @_bundle
-@click.option("--prompt-tokens", type=int)
-@click.option("--new-tokens", type=int)
-@_threads
+@click.option("--prompt-tokens", type=int, help="Length of the prompt.")
+@click.option("--new-tokens", type=int, help="Ids to generate.")
+@_engine
 @_json
 def bench(bundle: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure load, prefill and decode on this machine.
+    """Measure speed and memory on this machine.
 
-    gptrt bench --threads 2
+    Example: gptrt bench bundles/tales --new-tokens 64 --threads 2
     """
-    from gptrt.bench import bench as measure
+    from gptrt.bench import bench as run
 
-    given = {name: value for name, value in options.items() if value is not None}
-    _print(asdict(measure(_or_default(bundle), **given)), as_json)
+    _report(run(bundle, **_given(**options)), as_json)
 
 
 @main.command()
 @click.argument("bundle", type=_path)
 @click.argument("file", type=_path)
-@click.option("--stride", type=int, help="New tokens a window; the context by default.")
-@_device
-@_threads
+@click.option("--stride", type=int, help="New ids a window; smaller is slower and fairer.")
+@_engine
 @_json
-def perplexity(
-    bundle: Path, file: Path, stride: int | None, device: Any, threads: int | None, as_json: bool
-) -> None:
-    """Perplexity of a text file under a bundle.
+def perplexity(bundle: Path, file: Path, stride: int | None, as_json: bool, **options: Any) -> None:
+    """How well BUNDLE predicts the text in FILE.
 
-    gptrt perplexity bundles/nano input.txt
+    Example: gptrt perplexity bundles/tales test.txt --stride 256
     """
+    from dataclasses import asdict
+
     from gptrt.generator import Generator
     from gptrt.scoring import perplexity as score
-    from gptrt.session import Session
 
-    text = _read_text(file)
-    with Generator(bundle, device=device, threads=threads) as generator:
-        session = generator.session
-        assert isinstance(session, Session)
-        _print(asdict(score(session, generator.tokenizer.encode(text), stride=stride)), as_json)
+    with Generator(bundle, **_given(**options)) as generator:
+        ids = generator.tokenizer.encode(_read_text(file))
+        _report(asdict(score(generator.session, ids, stride=stride)), as_json)
 
 
 @main.command()
 @_bundle
-@_device
-@_threads
-def verify(bundle: Path | None, device: Any, threads: int | None) -> None:
-    """Check that the files are whole and that this machine computes what was promised.
+@_engine
+@_json
+def verify(bundle: Path | None, as_json: bool, **options: Any) -> None:
+    """Check that BUNDLE is whole and that this machine computes what its exporter promised.
 
-    gptrt verify bundles/nano
+    Example: gptrt verify bundles/tales
     """
     from gptrt.doctor import verify as check
 
-    manifest = check(_or_default(bundle), device=device, threads=threads)
-    ids = sum(len(golden.ids) for golden in manifest.golden)
-    click.echo(f"{manifest.name}: {len(manifest.files)} files whole, {ids} golden ids as promised")
+    _report(check(bundle, **_given(**options)), as_json)
 
 
 @main.command()
 @_bundle
-def info(bundle: Path | None) -> None:
-    """What a bundle is and where it comes from.
+@_json
+def info(bundle: Path | None, as_json: bool) -> None:
+    """Show what BUNDLE is: model, quantization, fidelity, origin.
 
-    gptrt info bundles/nano
+    Example: gptrt info bundles/tales
     """
-    from gptrt.doctor import describe
-    from gptrt.format import open_bundle
+    from gptrt.doctor import info as describe
 
-    for key, value in describe(open_bundle(_or_default(bundle)).manifest).items():
-        click.echo(f"{key:16} {value}")
+    _report(describe(bundle), as_json)
 
 
 @main.command()
-def doctor() -> None:
-    """What this machine can run, and why not.
+@_json
+def doctor(as_json: bool) -> None:
+    """Show what this machine has; status 1 if something needed is missing.
 
-    gptrt doctor
+    Example: gptrt doctor
     """
-    from gptrt.doctor import examine
+    from gptrt.doctor import diagnose
 
-    findings = examine()
-    for finding in findings:
-        click.echo(f"{'!' if finding.fatal else ' '} {finding.what:12} {finding.says}")
-    if any(finding.fatal for finding in findings):
-        sys.exit(1)
+    findings = diagnose()
+    if as_json:
+        _print_json({f.what: {"level": f.level, "found": f.found} for f in findings})
+    else:
+        for f in findings:
+            click.echo(f"{f.level:8} {f.what:16} {f.found}")
+    sys.exit(any(f.level == "missing" for f in findings))
 
 
-def _or_default(bundle: Path | None) -> Path:
-    from gptrt.generator import default_bundle
+def _given(**options: Any) -> dict[str, Any]:
+    """Only what was given: every default is the library's own."""
+    return {name: value for name, value in options.items() if value is not None}
 
-    return default_bundle() if bundle is None else bundle
+
+def _read_prompt(prompt: str) -> str:
+    return _decoded(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"UTF-8 text in {path}", found=str(e), do="check the file") from e
+        return _decoded(path.read_bytes(), str(path))
+    except OSError as e:
+        raise DataError(f"to read {path}", found=str(e.strerror), do="check the path") from e
 
 
-def _print(values: dict[str, Any], as_json: bool) -> None:
+def _decoded(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"UTF-8 text in {source}", found=str(e), do="convert it first") from e
+
+
+def _report(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(values)
+        _print_json(result)
         return
-    for key, value in values.items():
-        click.echo(f"{key:18} {value:,.4g}" if isinstance(value, float) else f"{key:18} {value:,}")
+    for key, value in result.items():
+        shown = f"{value:.5g}" if isinstance(value, float) else value
+        if isinstance(value, dict):
+            shown = " ".join(f"{k}={v}" for k, v in value.items())
+        click.echo(f"{key:18} {shown}")
 
 
 def _print_json(value: dict[str, Any]) -> None:

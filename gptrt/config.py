@@ -1,147 +1,151 @@
-"""GenerationConfig: how to continue a prompt, as data, checked once where it enters.
-
-Names and meanings are those of Hugging Face's GenerationConfig.
-"""
+"""How to generate: frozen options that bear the names of Hugging Face's GenerationConfig."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from gptrt.errors import OptionError
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Options of one generation. None means that the option is off.
+def _option(default: Any, wanted: str, accepts: Callable[[Any], bool]) -> Any:
+    """A field with what it wants, in words and as a test. None is right where it is the default."""
+    return field(default=default, metadata={"wanted": wanted, "accepts": accepts})
 
-    Greedy is the default. A temperature above 0, or any of top_k, top_p, min_p, typical_p, means
-    sampling; temperature 0 means greedy. `do_sample` says it outright and must not contradict.
-    `max_time` is in seconds. `seed` None draws a fresh one.
+
+def _integer(low: int, high: int = 1 << 31) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and low <= int(v) <= high
+
+
+def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, Real) and not isinstance(v, bool) and holds(float(v))
+
+
+def _tuple(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, tuple) and all(accepts(item) for item in v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Greedy unless an option asks for chance. Options that are None were not given.
+
+    A temperature above 0, `top_k`, `top_p`, `min_p` or `typical_p` without `do_sample` means
+    sampling; temperature 0 means greedy. Sampling has no hidden filters: what is not given is off.
+    `max_time` is in seconds, `stop_strings` end the text
+    before themselves, `seed` None takes a fresh one for each call.
+
+    Raises OptionError that lists every fault.
+
+    >>> GenerationConfig(top_k=40).samples, GenerationConfig(temperature=0).samples
+    (True, False)
     """
 
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    max_time: float | None = None
-    seed: int | None = None
+    max_new_tokens: int = _option(256, "an integer of 1 or more", _integer(1))
+    min_new_tokens: int = _option(0, "an integer of 0 or more", _integer(0))
+    do_sample: bool | None = _option(None, "True or False", lambda v: isinstance(v, bool))
+    temperature: float | None = _option(
+        None, "0 or a number from 1e-6 up", _number(lambda v: v == 0 or 1e-6 <= v < math.inf)
+    )
+    top_k: int | None = _option(None, "an integer of 0 (off) or more", _integer(0))
+    top_p: float | None = _option(
+        None, "a number above 0, at most 1", _number(lambda v: 0 < v <= 1)
+    )
+    min_p: float | None = _option(None, "a number from 0 to 1", _number(lambda v: 0 <= v <= 1))
+    typical_p: float | None = _option(
+        None, "a number above 0, at most 1", _number(lambda v: 0 < v <= 1)
+    )
+    repetition_penalty: float = _option(
+        1.0, "a number from 1e-3 to 1e3", _number(lambda v: 1e-3 <= v <= 1e3)
+    )
+    no_repeat_ngram_size: int = _option(0, "an integer of 0 (off) or more", _integer(0))
+    bad_words_ids: tuple[tuple[int, ...], ...] = _option(
+        (), "lists of ids, none empty", _tuple(lambda v: bool(v) and _tuple(_integer(0))(v))
+    )
+    stop_strings: tuple[str, ...] = _option(
+        (), "strings, none empty", _tuple(lambda v: isinstance(v, str) and v != "")
+    )
+    max_time: float | None = _option(None, "a number above 0", _number(lambda v: v > 0))
+    seed: int | None = _option(None, "an integer from 0 to 2**64 - 1", _integer(0, (1 << 64) - 1))
+
+    def __post_init__(self) -> None:
+        for name, value in _normal(vars(self)).items():
+            object.__setattr__(self, name, value)
+        _refuse(_faults(vars(self)))
 
     @classmethod
     def from_options(cls, **options: Any) -> GenerationConfig:
-        """Build from keyword options, refusing the unknown and the impossible, all at once.
-
-        >>> GenerationConfig.from_options(temperature=0.8, stop_strings="\\n").stop_strings
-        ('\\n',)
-        """
-        known = [f.name for f in fields(cls)]
-        faults = [_unknown(name, known) for name in options if name not in known]
-        values = {name: _plain(name, value) for name, value in options.items() if name in known}
-        faults += [fault for name, value in values.items() if (fault := _fault(name, value))]
-        if not faults:
-            faults = cls(**values)._contradictions()
-        if faults:
-            raise OptionError(
-                "valid generation options", found="; ".join(faults), do="correct or leave them out"
-            )
-        return cls(**values)
+        """A config from keyword options; an unknown one is refused with the nearest known name."""
+        given = {name: value for name, value in options.items() if value is not None}
+        unknown = [_unknown(name) for name in given if name not in _FIELDS]
+        known = {name: value for name, value in given.items() if name in _FIELDS}
+        _refuse(unknown + _faults({n: f.default for n, f in _FIELDS.items()} | _normal(known)))
+        return cls(**known)
 
     @property
-    def sampling(self) -> bool:
-        """Whether ids are drawn, rather than the most likely one taken."""
+    def samples(self) -> bool:
+        """Whether ids are drawn by chance."""
         if self.do_sample is not None:
             return self.do_sample
-        return self.temperature != 0 and self._asks_for_sampling()
-
-    def _asks_for_sampling(self) -> bool:
-        filters = (self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
-        return any(value is not None for value in filters)
-
-    def _contradictions(self) -> list[str]:
-        found = []
-        if self.do_sample is False and self.temperature != 0 and self._asks_for_sampling():
-            found.append("do_sample=False with options that only sampling has")
-        if self.do_sample and self.temperature == 0:
-            found.append("do_sample=True with temperature=0")
-        if self.min_new_tokens > self.max_new_tokens:
-            found.append(f"min_new_tokens {self.min_new_tokens} > max_new_tokens {self.max_new_tokens}")
-        return found
+        return self.temperature != 0 and bool(_given_chances(vars(self)))
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-    return f"unknown option {name} ({hint})"
+_FIELDS = {f.name: f for f in fields(GenerationConfig)}
+# Options that mean something only where ids are drawn by chance.
+_CHANCES = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
-def _plain(name: str, value: Any) -> Any:
-    """Accept the shapes that people write: one string, lists of lists."""
-    if name == "stop_strings":
-        return (value,) if isinstance(value, str) else _tuple(value)
-    if name == "bad_words_ids":
-        return tuple(_tuple(ids) for ids in value) if isinstance(value, list | tuple) else value
-    return value
+def _given_chances(options: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={options[name]}" for name in _CHANCES if options[name] is not None]
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else value
+def _normal(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options, with lists and a lone stop string as the tuples that they stand for."""
+    result = {name: _frozen(value) for name, value in options.items()}
+    if isinstance(result.get("stop_strings"), str):
+        result["stop_strings"] = (result["stop_strings"],)
+    return result
 
 
-def _integer(low: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def _number(accept: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda v: (
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and accept(v)
-    )
+def _faults(options: Mapping[str, Any]) -> list[str]:
+    """All that is wrong: each value by itself; then, if they are right, what contradicts what."""
+    found = []
+    for name, spec in _FIELDS.items():
+        value = options[name]
+        unset = value is None and spec.default is None
+        if not unset and not spec.metadata["accepts"](value):
+            found.append(f"{name}={value!r}, wanted {spec.metadata['wanted']}")
+    return found or _contradictions(options)
 
 
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: v is None or check(v)
+def _contradictions(options: Mapping[str, Any]) -> list[str]:
+    found = []
+    chances = _given_chances(options)
+    if options["do_sample"] is False and options["temperature"] != 0 and chances:
+        found.append(f"do_sample=False contradicts {', '.join(chances)}")
+    if options["do_sample"] is True and options["temperature"] == 0:
+        found.append("do_sample=True contradicts temperature=0")
+    if options["min_new_tokens"] > options["max_new_tokens"]:
+        found.append("min_new_tokens is above max_new_tokens")
+    return found
 
 
-_STRINGS = (
-    lambda v: isinstance(v, tuple) and all(isinstance(s, str) and s for s in v),
-    "strings that are not empty",
-)
-_ID_LISTS = (
-    lambda v: isinstance(v, tuple)
-    and all(isinstance(w, tuple) and w and all(map(_integer(0), w)) for w in v),
-    "lists of token ids",
-)
-_SHARE = "a number above 0, at most 1"
-
-# What each option may be: the check, and how to say it.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (_integer(1), "an integer of 1 or more"),
-    "min_new_tokens": (_integer(0), "an integer of 0 or more"),
-    "do_sample": (_or_none(lambda v: isinstance(v, bool)), "True or False"),
-    "temperature": (_or_none(_number(lambda v: v >= 0)), "a number of 0 or more"),
-    "top_k": (_or_none(_integer(1)), "an integer of 1 or more"),
-    "top_p": (_or_none(_number(lambda v: 0 < v <= 1)), _SHARE),
-    "min_p": (_or_none(_number(lambda v: 0 <= v <= 1)), "a number from 0 to 1"),
-    "typical_p": (_or_none(_number(lambda v: 0 < v <= 1)), _SHARE),
-    "repetition_penalty": (_number(lambda v: v > 0), "a number above 0"),
-    "no_repeat_ngram_size": (_integer(0), "an integer of 0 or more"),
-    "bad_words_ids": _ID_LISTS,
-    "stop_strings": _STRINGS,
-    "max_time": (_or_none(_number(lambda v: v > 0)), "a number of seconds above 0"),
-    "seed": (_or_none(_integer(0)), "an integer of 0 or more"),
-}
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, _FIELDS, n=1)
+    return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
-def _fault(name: str, value: Any) -> str | None:
-    check, wanted = _RULES[name]
-    return None if check(value) else f"{name}={value!r}, wanted {wanted}"
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise OptionError(
+            "generation options that can be honoured",
+            found="; ".join(faults),
+            do=f"correct or leave them out; the options are {', '.join(_FIELDS)}",
+        )

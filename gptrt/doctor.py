@@ -1,124 +1,161 @@
-"""What this machine can run, and whether it computes what the exporter promised."""
+"""Is all well? What a bundle holds, whether it computes its promise, what the machine has."""
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any, Literal
 
-from gptrt.errors import FidelityError, GptrtError
-from gptrt.format import Golden, Manifest, open_bundle
-from gptrt.generator import Generator, default_bundle
-from gptrt.session import Device, import_onnxruntime, usable_cores
+from gptrt.errors import BundleError, DependencyError, FidelityError
+from gptrt.format import Bundle, Golden, encode, open_bundle, read_manifest
+from gptrt.generator import Generator, embedded_bundle
+from gptrt.session import Device, Session, cpu_quota, import_onnxruntime, usable_cores
+from gptrt.tokenizer import Tokenizer
+
+StrPath = str | os.PathLike[str]
+
+
+# --- bundles ------------------------------------------------------------------------------------
+
+
+def verify(
+    path: StrPath | None = None, *, device: Device = "auto", threads: int | None = None
+) -> dict[str, Any]:
+    """Check hashes, then that this machine computes the golden ids that the exporter wrote down.
+
+    Gives {"bundle", "files", "prompts", "ids"}: what was checked, as counts. Raises BundleError,
+    and FidelityError with the prompt and the position of the first id that differs.
+    """
+    bundle = open_bundle(embedded_bundle() if path is None else path)
+    session = Session(bundle, device=device, threads=threads)
+    generator = Generator.from_parts(session, Tokenizer.open(bundle).endless())
+    golden = bundle.manifest.golden
+    for number, promised in enumerate(golden):
+        _check_golden(generator, number, promised)
+    return {
+        "bundle": str(bundle.path),
+        "files": len(bundle.manifest.files),
+        "prompts": len(golden),
+        "ids": sum(len(promised.ids) for promised in golden),
+    }
+
+
+def _check_golden(generator: Generator, number: int, golden: Golden) -> None:
+    if not golden.ids:
+        return
+    found = generator.tokens(golden.prompt_ids, max_new_tokens=len(golden.ids))
+    for position, (wanted, got) in enumerate(zip_longest(golden.ids, found)):
+        if wanted != got:
+            raise FidelityError(
+                f"id {wanted} at position {position} after golden prompt {number}",
+                found=f"id {got}",
+                do="update onnxruntime, or export the bundle on a machine like this one",
+            )
+
+
+def info(path: StrPath | None = None) -> dict[str, Any]:
+    """What the manifest says, files not looked at. Raises BundleError."""
+    folder = embedded_bundle() if path is None else Path(path)
+    manifest = read_manifest(folder)
+    known: dict[str, Any] = encode(manifest)
+    for part in ("files", "golden", "cache"):
+        del known[part]
+    return {
+        "bundle": str(folder),
+        "weights_bytes": Bundle(folder, manifest).weights_bytes,
+        **known,
+        "golden_prompts": len(manifest.golden),
+    }
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+# What the kernels of onnxruntime for quantized matrices can use, from /proc/cpuinfo.
+_CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report; `fatal` means that nothing runs until it is mended."""
+    """One line of a diagnosis; "missing" means that gptrt cannot run."""
 
+    level: Literal["ok", "note", "missing"]
     what: str
-    says: str
-    fatal: bool = False
+    found: str
 
 
-def verify(path: Path, *, device: Device = "auto", threads: int | None = None) -> Manifest:
-    """Check the hashes and the golden greedy ids of a bundle on this machine.
-
-    Raises BundleError for a damaged file, FidelityError where other ids come out than promised.
-    """
-    with Generator(path, device=device, threads=threads) as generator:
-        for number, golden in enumerate(generator.manifest.golden):
-            _check(generator, golden, number)
-        return generator.manifest
-
-
-def _check(generator: Generator, golden: Golden, number: int) -> None:
-    if not golden.ids:
-        return
-    found = generator.tokens(golden.prompt_ids, max_new_tokens=len(golden.ids))
-    ids = tuple(islice(found, len(golden.ids)))
-    if ids != golden.ids:
-        pairs = zip(ids, golden.ids, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ids))
-        raise FidelityError(
-            f"golden prompt {number} to go on with {list(golden.ids)}",
-            found=f"{list(ids)}, different from new token {at} on",
-            do="do not use this bundle on this machine; report it with the output of `gptrt doctor`",
-        )
-
-
-def examine() -> list[Finding]:
-    """Everything that decides whether and how fast a bundle runs here."""
+def diagnose() -> list[Finding]:
+    """Everything about this machine that matters to gptrt."""
     return [
-        Finding(
-            "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-        ),
-        Finding("numpy", version("numpy")),
+        Finding("ok", "python", platform.python_version()),
+        *(_package(name) for name in ("numpy", "tokenizers", "click")),
         *_onnxruntime(),
-        Finding("cores", f"{usable_cores()} usable (the default number of threads)"),
-        Finding("processor", _processor()),
-        _default(),
+        *_processor(),
+        _memory(),
+        _embedded(),
     ]
 
 
-def _onnxruntime() -> list[Finding]:
-    packages = [
-        f"{name} {found}"
-        for name in ("onnxruntime", "onnxruntime-gpu")
-        if (found := _version(name))
-    ]
-    try:
-        ort = import_onnxruntime()
-    except GptrtError as e:
-        return [Finding("onnxruntime", str(e), fatal=True)]
-    findings = [Finding("onnxruntime", f"{ort.__version__} ({', '.join(packages) or 'own build'})")]
-    if len(packages) > 1:
-        says = "onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, install one"
-        findings.append(Finding("conflict", says, fatal=True))
-    return [*findings, Finding("providers", ", ".join(ort.get_available_providers()))]
+def _package(name: str) -> Finding:
+    version = _version(name)
+    return Finding("ok" if version else "missing", name, version or f"pip install {name}")
 
 
-def _version(package: str) -> str | None:
+def _version(name: str) -> str | None:
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
 
 
-def _processor() -> str:
-    """The instruction sets that the integer kernels use, fastest last."""
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.is_file() else set()
-    known = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
-    return ", ".join(flag for flag in known if flag in flags) or "no known integer extensions"
-
-
-def _default() -> Finding:
-    path = default_bundle()
+def _onnxruntime() -> list[Finding]:
     try:
-        manifest = open_bundle(path).manifest
-    except GptrtError as e:
-        return Finding("default", str(e))
-    return Finding("default", f"{manifest.name}, {manifest.quantization.mode}, unharmed")
+        ort = import_onnxruntime()
+    except DependencyError as e:
+        return [Finding("missing", "onnxruntime", str(e))]
+    findings = [
+        Finding("ok", "onnxruntime", ort.__version__),
+        Finding("ok", "providers", ", ".join(ort.get_available_providers())),
+    ]
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        both = "onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, install one"
+        findings.append(Finding("note", "packages", both))
+    return findings
 
 
-def describe(manifest: Manifest) -> dict[str, str]:
-    """What `gptrt info` prints."""
-    model, quantization, fidelity = manifest.model, manifest.quantization, manifest.fidelity
-    size = sum(entry.size for entry in manifest.files.values())
-    lines: dict[str, str] = {
-        "name": manifest.name,
-        "shape": f"{model.n_layer} layers, {model.n_embd} wide, {model.n_head} heads "
-        f"({model.n_kv_head} for keys and values), vocabulary {model.vocab_size}",
-        "context": f"{model.n_positions} tokens, {model.positions} positions",
-        "weights": f"{quantization.mode}, block {quantization.block_size}, "
-        f"{quantization.bits_per_weight:.2f} bits a weight",
-        "files": f"{size / 1e6:.1f} MB",
-    }
-    if fidelity:
-        lines["fidelity"] = (
-            f"perplexity {fidelity.perplexity:.2f}, {fidelity.perplexity_ratio:.4f} times PyTorch's"
-        )
-    return lines | dict(manifest.lineage)
+def _processor() -> list[Finding]:
+    flags = _cpu_flags()
+    quota = cpu_quota()
+    limit = "none" if quota is None else f"{quota:g} cores"
+    return [
+        Finding("ok", "processor", f"{platform.machine()}: {' '.join(flags) or 'flags unknown'}"),
+        Finding("ok", "cores", f"{os.cpu_count()}, limit of the container: {limit}"),
+        Finding("ok", "threads", f"{usable_cores()} by default"),
+    ]
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # not Linux
+        return []
+    return [flag for flag in _CPU_FLAGS if flag in words]
+
+
+def _memory() -> Finding:
+    try:
+        size = os.sysconf("SC_PAGE_SIZE")
+        total, free = (size * os.sysconf(n) / 1e9 for n in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # Windows, macOS
+        return Finding("note", "memory", "unknown")
+    return Finding("ok", "memory", f"{free:.1f} of {total:.1f} GB free")
+
+
+def _embedded() -> Finding:
+    try:
+        return Finding("ok", "embedded bundle", str(embedded_bundle()))
+    except BundleError:
+        return Finding("note", "embedded bundle", "none: give every command a BUNDLE")

@@ -1,46 +1,52 @@
-"""The generator: one loop that gives ids, under a stream of text, under whole texts."""
+"""The generator: ids under pieces of text under the whole text, and one loop beneath them."""
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import operator
 import os
 import time
+from collections import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gptrt.cache import KVCache
 from gptrt.config import GenerationConfig
-from gptrt.errors import OptionError, PromptError
-from gptrt.format import Manifest, open_bundle
+from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
+from gptrt.format import MANIFEST_FILE, Manifest, ModelConfig, open_bundle
 from gptrt.sampling import Sampler
 from gptrt.session import Device, Ids, Logits, Session
-from gptrt.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from gptrt.tokenizer import StopStrings, Tokenizer
 
 FinishReason = Literal["stop", "length", "time"]
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
-_PREFILL_CHUNK = 512  # tokens of a prompt read at a time: bounds what a long prompt takes of memory
+_EMBEDDED = "tales"
+_LONGEST_PASS = 512  # ids in one run: attention over a pass takes memory by its square
 
 
-class Runs(Protocol):
-    """What the loop asks of a session; a fake of 20 lines can stand in for it."""
+class Runner(Protocol):
+    """What a generator needs of a session: the seam at which tests put a fake."""
 
     @property
     def manifest(self) -> Manifest: ...
-
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache: ...
-
     def run(self, ids: Ids, cache: KVCache, *, keep: int = 1) -> Logits: ...
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One finished generation. `ids` are the new ones; `stop_string` is the one that ended it."""
+    """What a prompt was continued with. `ids` are without the one that ends a text.
+
+    `finish_reason`: "stop" at the end of the text or at `stop_string`, "length" at
+    `max_new_tokens` or where the context is full, "time" at `max_time`.
+    """
 
     text: str
     prompt_ids: tuple[int, ...]
@@ -50,23 +56,27 @@ class Generation:
 
 
 @dataclass
-class _Progress:
-    """What a generation in progress knows about itself; each call has its own."""
+class _Call:
+    """All that changes while a prompt is continued: nothing of it is shared between calls."""
 
+    prompt: list[int]
+    config: GenerationConfig
+    room: int  # for new ids
     ids: list[int] = field(default_factory=list)
-    reason: FinishReason = "length"
+    finish_reason: FinishReason = "length"
     stop_string: str | None = None
 
 
 class Generator:
-    """A bundle, ready to write.
+    """Continues text with the bundle at `path`, or with the embedded one.
 
-    `path` is a bundle folder; left out, the embedded default serves. `device` is "auto", "cpu" or
-    "cuda", `threads` the number of cores to use. Calls share nothing but the read-only weights, so
-    threads may call at the same time, and a stream may be left half-read.
+    Options of all methods are those of `GenerationConfig`, as keywords or as `config=`. Every call
+    has a cache and bindings of its own, so calls may overlap, in one thread or in several, and a
+    stream may be left or closed at any time.
 
-    >>> with Generator() as gen:                                             # doctest: +SKIP
-    ...     print(gen.generate("Once upon a time", max_new_tokens=20))
+    >>> with Generator("models/tales") as generator:
+    ...     for piece in generator.stream("The king said"):
+    ...         print(piece, end="", flush=True)
     """
 
     def __init__(
@@ -76,164 +86,175 @@ class Generator:
         device: Device = "auto",
         threads: int | None = None,
     ) -> None:
-        bundle = open_bundle(path if path is not None else default_bundle())
-        self._take(Session(bundle, device=device, threads=threads), Tokenizer.of(bundle))
+        bundle = open_bundle(embedded_bundle() if path is None else path)
+        tokenizer = Tokenizer.open(bundle)
+        self._set_up(Session(bundle, device=device, threads=threads), tokenizer)
 
     @classmethod
-    def from_parts(cls, session: Runs, tokenizer: Tokenizer) -> Self:
-        """Build from anything that runs; for tests, and for sessions made elsewhere."""
-        generator = cls.__new__(cls)
-        generator._take(session, tokenizer)
-        return generator
+    def from_parts(cls, session: Runner, tokenizer: Tokenizer) -> Self:
+        """A generator over a session and a tokenizer that exist already."""
+        self = cls.__new__(cls)
+        self._set_up(session, tokenizer)
+        return self
 
-    def _take(self, session: Runs, tokenizer: Tokenizer) -> None:
-        self._session: Runs | None = session
+    def _set_up(self, session: Runner, tokenizer: Tokenizer) -> None:
+        self._session: Runner | None = session
         self.tokenizer = tokenizer
-        self.manifest = session.manifest
-
-    def tokens(
-        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
-    ) -> Iterator[int]:
-        """New token ids, one by one, as they are computed.
-
-        Options are those of GenerationConfig, by keyword or as one `config`. The closing token is
-        not given. Raises OptionError and PromptError at once, before the first id is asked for.
-        """
-        config = _one_config(config, options)
-        return self._loop(self._prompt_ids(prompt), config, _Progress())
-
-    def stream(
-        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
-    ) -> Iterator[str]:
-        """Pieces of new text: whole characters, never a part of a stop string."""
-        config = _one_config(config, options)
-        return self._pieces(self._prompt_ids(prompt), config, _Progress())
-
-    def generate(
-        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
-    ) -> str:
-        """The new text, whole."""
-        return self.complete(prompt, config=config, **options).text
-
-    def complete(
-        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
-    ) -> Generation:
-        """The new text with its ids and why it ended."""
-        config, progress = _one_config(config, options), _Progress()
-        ids = self._prompt_ids(prompt)
-        text = "".join(self._pieces(ids, config, progress))
-        new = tuple(progress.ids)
-        return Generation(text, tuple(ids), new, progress.reason, progress.stop_string)
-
-    def _pieces(
-        self, prompt: list[int], config: GenerationConfig, progress: _Progress
-    ) -> Iterator[str]:
-        decoder, stops = StreamDecoder(self.tokenizer), StopStrings(config.stop_strings)
-        for token in self._loop(prompt, config, progress):
-            if piece := stops.feed(decoder.feed(token)):
-                yield piece
-            if stops.fired is not None:
-                progress.reason, progress.stop_string = "stop", stops.fired
-                return
-        rest = stops.feed(decoder.flush())
-        if stops.fired is not None:
-            progress.reason, progress.stop_string = "stop", stops.fired
-        if last := rest + stops.flush():
-            yield last
-
-    def _loop(
-        self, prompt: list[int], config: GenerationConfig, progress: _Progress
-    ) -> Iterator[int]:
-        """The decode loop: run, sample, stop, yield. Prefill is its first pass."""
-        session, end = self.session, self.tokenizer.end
-        room = self.manifest.cache.max_length - len(prompt)
-        limit = min(config.max_new_tokens, room)
-        cache = session.new_cache(len(prompt) + limit)
-        sampler, seen, ids = Sampler(config, end), list(prompt), progress.ids
-        deadline = time.monotonic() + config.max_time if config.max_time else None
-        logits = _prefill(session, cache, prompt)
-        step = np.empty((1, 1), np.int64)
-        while True:
-            token = sampler(logits[0, -1], seen, len(ids))
-            if token == end:
-                progress.reason = "stop"
-                return
-            ids.append(token)
-            seen.append(token)
-            yield token
-            if len(ids) == limit:
-                return
-            if deadline is not None and time.monotonic() >= deadline:
-                progress.reason = "time"
-                return
-            step[0, 0] = token
-            logits = session.run(step, cache)
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Raises PromptError for a prompt that is empty, unknown or too long."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        vocabulary, context = self.manifest.model.vocab_size, self.manifest.cache.max_length
-        if not ids:
-            raise PromptError("a prompt", found="an empty one", do="give at least one character")
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            outside = next(i for i in ids if not 0 <= i < vocabulary)
-            raise PromptError(
-                f"ids from 0 to {vocabulary - 1}",
-                found=str(outside),
-                do="use this model's tokenizer",
-            )
-        if len(ids) >= context:
-            raise PromptError(
-                f"a prompt of at most {context - 1} tokens (context {context})",
-                found=f"{len(ids)} tokens",
-                do="shorten it, or use a model with a longer context",
-            )
-        return ids
 
     @property
-    def session(self) -> Runs:
-        """What runs the graph. Raises OptionError after `close()`."""
+    def session(self) -> Runner:
+        """Raises GptrtError once the generator is closed."""
         if self._session is None:
-            raise OptionError("an open generator", found="a closed one", do="make a new Generator")
+            raise GptrtError(
+                "an open Generator", found="one that was closed", do="make a new Generator"
+            )
         return self._session
 
     def close(self) -> None:
-        """Let go of the weights. Streams in progress end well; new calls are refused."""
+        """Let go of the model. Streams that are under way may still be read to their end."""
         self._session = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def generate(
+        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
+    ) -> str:
+        """The text that continues `prompt`, a text or its ids. Raises PromptError, OptionError."""
+        return self.complete(prompt, config=config, **options).text
 
-def _prefill(session: Runs, cache: KVCache, prompt: list[int]) -> Logits:
-    ids = np.asarray([prompt], np.int64)
-    for start in range(0, len(prompt), _PREFILL_CHUNK):
-        logits = session.run(ids[:, start : start + _PREFILL_CHUNK], cache)
-    return logits
+    def complete(
+        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
+    ) -> Generation:
+        """The same with its ids and why it ended."""
+        call = self._call(prompt, config, options)
+        text = "".join(self._pieces(call))
+        ids = tuple(call.ids)
+        return Generation(text, tuple(call.prompt), ids, call.finish_reason, call.stop_string)
+
+    def stream(
+        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
+    ) -> abc.Generator[str, None, None]:
+        """The same text in pieces, each as soon as its characters are whole."""
+        return self._pieces(self._call(prompt, config, options))
+
+    def tokens(
+        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
+    ) -> abc.Generator[int, None, None]:
+        """The ids, one by one. Stop strings need text: with them this raises OptionError."""
+        call = self._call(prompt, config, options)
+        if call.config.stop_strings:
+            raise OptionError(
+                "options that ids can honour", found="stop_strings", do="use stream or generate"
+            )
+        return self._tokens(call)
+
+    def _pieces(self, call: _Call) -> abc.Generator[str, None, None]:
+        decoder, stops = self.tokenizer.stream_decoder(), StopStrings(call.config.stop_strings)
+        for token in self._tokens(call):
+            if piece := stops.push(decoder.push(token)):
+                yield piece
+            if stops.fired:
+                break
+        else:
+            if piece := stops.push(decoder.flush()) + stops.flush():
+                yield piece
+        if stops.fired:
+            call.finish_reason, call.stop_string = "stop", stops.fired
+
+    def _tokens(self, call: _Call) -> abc.Generator[int, None, None]:
+        """The loop: run, sample, stop, yield."""
+        session, eos = self.session, self.tokenizer.eos_token_ids
+        cache = session.new_cache(len(call.prompt) + call.room)
+        sampler = Sampler(call.config, call.prompt, eos, room=call.room)
+        deadline = time.monotonic() + (call.config.max_time or math.inf)
+        *earlier, step = _passes(call.prompt)  # [1, new] each
+        for ids in earlier:
+            session.run(ids, cache)
+        while len(call.ids) < call.room:
+            logits = session.run(step, cache)  # [1, 1, vocab]
+            token = sampler.next(logits[0, 0])
+            if token in eos:
+                call.finish_reason = "stop"
+                return
+            call.ids.append(token)
+            yield token
+            if time.monotonic() >= deadline:
+                call.finish_reason = "time"
+                return
+            step = np.array([[token]], np.int64)
+
+    def _call(
+        self, prompt: Prompt, config: GenerationConfig | None, options: dict[str, Any]
+    ) -> _Call:
+        """Refuse what cannot be done before anything runs."""
+        if config is None:
+            config = GenerationConfig.from_options(**options)
+        elif options:
+            raise OptionError("config= or options", found="both", do="put all into the config")
+        model = self.session.manifest.model
+        _check_words(config, model.vocab_size)
+        ids = self._ids(prompt)
+        _check_prompt(ids, model)
+        return _Call(ids, config, min(config.max_new_tokens, model.n_positions - len(ids)))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError as e:
+            raise PromptError(
+                "text or a flat sequence of ids", found=str(e), do="convert it first"
+            ) from e
 
 
-def _one_config(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
-    if config is None:
-        return GenerationConfig.from_options(**options)
-    if options:
-        raise OptionError(
-            "config= or single options", found=f"both ({', '.join(options)})", do="give one of them"
+def _passes(prompt: Sequence[int]) -> Iterator[Ids]:
+    """The prompt as [1, new], in pieces of a bounded length."""
+    for start in range(0, len(prompt), _LONGEST_PASS):
+        yield np.array([prompt[start : start + _LONGEST_PASS]], np.int64)
+
+
+def _check_prompt(ids: Sequence[int], model: ModelConfig) -> None:
+    if not ids:
+        raise PromptError("a prompt of one token or more", found="none", do="give some text")
+    if not 0 <= min(ids) <= max(ids) < model.vocab_size:
+        raise PromptError(
+            f"ids from 0 to {model.vocab_size - 1}",
+            found=f"{min(ids)} to {max(ids)}",
+            do="encode the prompt with the tokenizer of this bundle",
         )
-    return config
+    if len(ids) >= model.n_positions:
+        raise PromptError(
+            f"a prompt of at most {model.n_positions - 1} tokens, in a context of "
+            f"{model.n_positions}",
+            found=f"{len(ids)} tokens",
+            do="shorten the prompt",
+        )
 
 
-def default_bundle() -> Path:
-    """The embedded default: in the installed package of models, or in this checkout."""
-    spec = find_spec("gptrt_models")
-    root = (
-        Path(spec.origin).parent if spec and spec.origin else Path(__file__).parents[1] / "models"
+def _check_words(config: GenerationConfig, vocab_size: int) -> None:
+    largest = max((token for word in config.bad_words_ids for token in word), default=0)
+    if largest >= vocab_size:
+        raise OptionError(
+            f"bad_words_ids below {vocab_size}", found=str(largest), do="use this bundle's ids"
+        )
+
+
+def embedded_bundle() -> Path:
+    """Where the default bundle is: in the installed data package, or in the source tree.
+
+    Raises BundleError if it is in neither.
+    """
+    spec = importlib.util.find_spec("gptrt_models")
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    roots.append(Path(__file__).parents[1] / "models")
+    for folder in (root / _EMBEDDED for root in roots):
+        if (folder / MANIFEST_FILE).is_file():
+            return folder
+    raise BundleError(
+        "the embedded default bundle", found="none installed", do="give the folder of a bundle"
     )
-    return root / "tales"

@@ -1,185 +1,229 @@
-"""From logits to a token id: small pure functions over one row of logits, float32 [vocab].
+"""Choosing the next id: small pure functions over logits, float32 [vocab], and their chain.
 
-Each filter returns a new array in which what it rules out is -inf. Order and meaning are those of
-the logits processors of transformers; ties go to the lowest id, everywhere.
+What they compute and in which order is that of the logits processors in transformers
+(https://github.com/huggingface/transformers/blob/main/src/transformers/generation/logits_process.py).
+A removed id has the logit -inf.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.config import GenerationConfig
+from gptrt.errors import FidelityError
 
 Logits = NDArray[np.float32]
+Ids = NDArray[np.int64]
 
-_NEVER = np.float32(-np.inf)
+# --- processors: what was read and written so far decides --------------------------------------
+
+
+def repetition_penalty(logits: Logits, history: Ids, penalty: float) -> Logits:
+    """Make the ids of `history` less likely: CTRL, https://arxiv.org/abs/1909.05858."""
+    result, seen = logits.copy(), logits[history]
+    result[history] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
+    return result
+
+
+def no_repeat_ngram(logits: Logits, history: Ids, size: int) -> Logits:
+    """Remove every id that would complete a sequence of `size` ids that is in `history` already."""
+    starts = len(history) - size + 1
+    if starts <= 0:
+        return logits
+    prefix = history[len(history) - size + 1 :]
+    same = np.ones(starts, bool)
+    for offset, token in enumerate(prefix):
+        same &= history[offset : offset + starts] == token
+    return ban(logits, history[size - 1 :][same])
+
+
+def bad_words(logits: Logits, history: Ids, words: Sequence[Sequence[int]]) -> Logits:
+    """Remove every id that would complete one of `words`, each a sequence of ids."""
+    tail = history[-max(map(len, words)) :].tolist()
+    return ban(logits, [w[-1] for w in words if len(w) == 1 or tail[1 - len(w) :] == [*w[:-1]]])
+
+
+def ban(logits: Logits, ids: Sequence[int] | Ids) -> Logits:
+    """Remove `ids`."""
+    if not len(ids):
+        return logits
+    result = logits.copy()
+    result[ids] = -np.inf
+    return result
+
+
+# --- warpers: the shape of the distribution decides --------------------------------------------
+
+
+def apply_temperature(logits: Logits, temperature: float) -> Logits:
+    """Below 1 the likely become likelier, above 1 less so."""
+    return logits / np.float32(temperature)
+
+
+def top_k(logits: Logits, k: int) -> Logits:
+    """Keep the `k` most likely, and what ties with the last of them."""
+    if k >= len(logits):
+        return logits
+    return _keep(logits, logits >= np.partition(logits, -k)[-k])
+
+
+def top_p(logits: Logits, p: float) -> Logits:
+    """Keep the fewest likely ids that together reach `p`: https://arxiv.org/abs/1904.09751."""
+    probabilities = _softmax(logits)
+    # Ids this rare cannot reach 1 - p even together: only the others need sorting.
+    likely = np.flatnonzero(probabilities >= (1 - p) / len(logits))
+    order = likely[np.argsort(probabilities[likely], kind="stable")]
+    rare = 1.0 - probabilities[order].sum()
+    kept = order[rare + np.cumsum(probabilities[order]) > 1 - p]
+    return _keep(logits, kept if len(kept) else order[-1:])
+
+
+def min_p(logits: Logits, p: float) -> Logits:
+    """Keep what is at least `p` times as likely as the most likely."""
+    return _keep(logits, logits >= logits.max() + np.float32(math.log(p))) if p > 0 else logits
+
+
+def typical_p(logits: Logits, p: float) -> Logits:
+    """Keep ids whose surprise is nearest the entropy, up to mass `p`: arXiv 2202.00666."""
+    alive = np.flatnonzero(logits > -np.inf)
+    probabilities = _softmax(logits[alive])
+    surprise = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    distance = np.abs(surprise - (probabilities * surprise).sum())
+    order = np.argsort(distance, kind="stable")
+    last = int(np.searchsorted(np.cumsum(probabilities[order]), p))  # the first to reach p
+    bound = distance[order[min(last, len(order) - 1)]]
+    return _keep(logits, alive[distance <= bound])
+
+
+def _keep(logits: Logits, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Logits:
+    result = np.full_like(logits, -np.inf)
+    result[kept] = logits[kept]
+    return result
+
+
+def _softmax(logits: Logits) -> NDArray[np.float64]:
+    # exp in float32 is ten times as fast, and its error is below that of the logits themselves.
+    exponentials: NDArray[np.float64] = np.exp(logits - logits.max()).astype(np.float64)
+    exponentials /= exponentials.sum()
+    return exponentials
+
+
+# --- the choice --------------------------------------------------------------------------------
 
 
 def greedy(logits: Logits) -> int:
-    """The most likely id."""
-    return int(logits.argmax())
+    """The most likely id, of equals the lowest. Raises FidelityError if there is none."""
+    best = int(logits.argmax())  # a NaN, if there is one: argmax takes it for the largest
+    if not -math.inf < logits[best] < math.inf:
+        raise FidelityError(
+            "logits of which the largest is a finite number",
+            found=str(logits[best]),
+            do="check the bundle with `gptrt verify`, and that the options do not ban every id",
+        )
+    return best
 
 
-def draw(logits: Logits, uniform: float) -> int:
-    """The id at which the cumulative distribution passes `uniform`, in [0, 1)."""
-    cumulative = np.cumsum(softmax(logits))
-    return int(min(cumulative.searchsorted(uniform * cumulative[-1], "right"), len(logits) - 1))
-
-
-def softmax(logits: Logits) -> NDArray[np.float64]:
-    weights = np.exp(logits - logits.max(), dtype=np.float64)
-    return weights / weights.sum()
+def sample(logits: Logits, uniform: float) -> int:
+    """The id at which the cumulative probability first exceeds `uniform`, in [0, 1)."""
+    greedy(logits)  # refuses what has no distribution
+    alive = np.flatnonzero(logits > -np.inf)
+    cumulative = np.cumsum(_softmax(logits[alive]))
+    index = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    return int(alive[min(index, len(alive) - 1)])
 
 
 def uniform(seed: int, sequence: int, step: int) -> float:
-    """A number in [0, 1) that depends on its arguments alone.
+    """A number in [0, 1) that depends on nothing else: not on batching, order, or streaming.
 
-    A counter in place of a state: batching, streaming or resuming cannot change what a seed gives.
-    The mixing is that of SplitMix64 (https://doi.org/10.1145/2714064.2660195).
+    Chained SplitMix64 (Steele, Lea, Flood, https://doi.org/10.1145/2714064.2660195): a generator
+    of numpy's costs ten times as much to set up as this costs in all.
     """
-    x = seed & _MASK
-    for word in (sequence, step):
-        x = _mix(x + (word + 1) * 0x9E3779B97F4A7C15)
-    return (x >> 11) * 2.0**-53
-
-
-_MASK = (1 << 64) - 1
+    return (_mix(_mix(_mix(seed) ^ sequence) ^ step) >> 11) * 2.0**-53
 
 
 def _mix(x: int) -> int:
-    x &= _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
 
 
-# --- what must not come ----------------------------------------------------------------------------
-
-
-def penalize_repetition(logits: Logits, seen: Sequence[int], penalty: float) -> Logits:
-    """Ids seen before are made less likely (https://arxiv.org/abs/1909.05858, section 4.1)."""
-    out = logits.copy()
-    ids = np.unique(np.asarray(seen, np.int64))
-    scores = out[ids]
-    out[ids] = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
-    return out
-
-
-def ban(logits: Logits, ids: Sequence[int]) -> Logits:
-    """These ids cannot come."""
-    out = logits.copy()
-    out[np.asarray(ids, np.int64)] = _NEVER
-    return out
-
-
-def repeating_ids(seen: Sequence[int], size: int) -> list[int]:
-    """Ids that would complete an n-gram of `size` that stands in `seen` already.
-
-    >>> repeating_ids([1, 2, 3, 1, 2], 3)
-    [3]
-    """
-    prefix = tuple(seen[len(seen) - size + 1 :])
-    starts = range(len(seen) - size + 1)
-    return [seen[i + size - 1] for i in starts if tuple(seen[i : i + size - 1]) == prefix]
-
-
-def bad_word_ids(seen: Sequence[int], words: Sequence[Sequence[int]]) -> list[int]:
-    """The last ids of those words whose other ids stand at the end of `seen`."""
-    tail = tuple(seen)
-    return [w[-1] for w in words if len(w) == 1 or tail[1 - len(w) :] == tuple(w[:-1])]
-
-
-# --- what is too unlikely ----------------------------------------------------------------------------
-
-
-def keep_top_k(logits: Logits, k: int) -> Logits:
-    """The k most likely, and whatever ties with the last of them."""
-    if k >= len(logits):
-        return logits
-    least = np.partition(logits, -k)[-k]
-    return np.where(logits < least, _NEVER, logits)
-
-
-def keep_top_p(logits: Logits, p: float) -> Logits:
-    """The fewest most likely ids with probability `p` together (https://arxiv.org/abs/1904.09751)."""
-    order = np.argsort(logits, kind="stable")  # ascending
-    below = np.cumsum(softmax(logits)[order])
-    out = logits.copy()
-    out[order[:-1][below[:-1] <= 1.0 - p]] = _NEVER  # the most likely one always stays
-    return out
-
-
-def keep_min_p(logits: Logits, p: float) -> Logits:
-    """Those at least `p` times as likely as the most likely (https://arxiv.org/abs/2407.01082)."""
-    probabilities = softmax(logits)
-    return np.where(probabilities < p * probabilities.max(), _NEVER, logits).astype(np.float32)
-
-
-def keep_typical(logits: Logits, p: float) -> Logits:
-    """Those whose surprise is nearest to the entropy, with probability `p` together
-    (https://arxiv.org/abs/2202.00666)."""
-    probabilities = softmax(logits)
-    with np.errstate(divide="ignore"):
-        surprise = -np.log(probabilities)
-    entropy = np.sum(probabilities * surprise, where=probabilities > 0)
-    order = np.argsort(np.abs(surprise - entropy), kind="stable")
-    last = int((np.cumsum(probabilities[order]) < p).sum())
-    return ban(logits, order[last + 1 :])
-
-
 class Sampler:
-    """The choice of each next id under one GenerationConfig, for one sequence.
+    """Chooses the ids of one sequence, one after the other, as `config` says.
 
-    `seen` (prompt and new ids) is only looked at by the options that need it.
+    `room` bounds how many. `sequence` numbers what runs side by side with the same seed.
     """
 
-    def __init__(self, config: GenerationConfig, end: int | None, sequence: int = 0) -> None:
-        self._config, self._end, self._sequence = config, end, sequence
-        seed = config.seed
-        self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
-        self._sampling = config.sampling
-        self._plain = not (
-            config.repetition_penalty != 1.0
-            or config.no_repeat_ngram_size
-            or config.bad_words_ids
-            or config.min_new_tokens
-        )
+    def __init__(
+        self,
+        config: GenerationConfig,
+        prompt: Sequence[int],
+        eos_token_ids: Sequence[int] = (),
+        *,
+        room: int,
+        sequence: int = 0,
+    ) -> None:
+        self._sequence = sequence
+        self._seed = int.from_bytes(os.urandom(8)) if config.seed is None else int(config.seed)
+        self._draws = config.samples
+        self._min_new_tokens, self._eos = config.min_new_tokens, eos_token_ids
+        self._processors = _processors(config)
+        self._warpers = _warpers(config) if config.samples else []
+        self._ids = np.zeros(len(prompt) + room, np.int64)
+        self._ids[: len(prompt)] = prompt
+        self._prompt_length, self._step = len(prompt), 0
 
-    def __call__(self, logits: Logits, seen: Sequence[int], step: int) -> int:
-        """The id of new token number `step`, counted from 0."""
-        if not self._plain:
-            logits = self._constrain(logits, seen, step)
-        if not self._sampling:
-            return greedy(logits)
-        return draw(self.warp(logits), uniform(self._seed, self._sequence, step))
+    def next(self, logits: Logits) -> int:
+        """The next id after all that were chosen, from its logits [vocab]."""
+        length = self._prompt_length + self._step
+        for process in self._processors:
+            logits = process(logits, self._ids[:length])
+        if self._step < self._min_new_tokens:
+            logits = ban(logits, self._eos)
+        for warp in self._warpers:
+            logits = warp(logits)
+        if self._draws:
+            token = sample(logits, uniform(self._seed, self._sequence, self._step))
+        else:
+            token = greedy(logits)
+        self._ids[length] = token
+        self._step += 1
+        return token
 
-    def warp(self, logits: Logits) -> Logits:
-        """Temperature, then the filters."""
-        config = self._config
-        if config.temperature is not None and config.temperature != 1.0:
-            logits = logits / np.float32(config.temperature)
-        for keep, value in (
-            (keep_top_k, config.top_k),
-            (keep_top_p, config.top_p),
-            (keep_min_p, config.min_p),
-            (keep_typical, config.typical_p),
-        ):
-            if value is not None:
-                logits = keep(logits, value)  # type: ignore[operator]
-        return logits
 
-    def _constrain(self, logits: Logits, seen: Sequence[int], step: int) -> Logits:
-        config = self._config
-        if config.repetition_penalty != 1.0:
-            logits = penalize_repetition(logits, seen, config.repetition_penalty)
-        banned: list[int] = []
-        if config.no_repeat_ngram_size:
-            banned += repeating_ids(seen, config.no_repeat_ngram_size)
-        banned += bad_word_ids(seen, config.bad_words_ids)
-        if step < config.min_new_tokens and self._end is not None:
-            banned.append(self._end)
-        return ban(logits, banned) if banned else logits
+def _processors(config: GenerationConfig) -> list[Callable[[Logits, Ids], Logits]]:
+    chain: list[Callable[[Logits, Ids], Logits]] = []
+    if config.repetition_penalty != 1:
+        chain.append(lambda x, ids: repetition_penalty(x, ids, config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        chain.append(lambda x, ids: no_repeat_ngram(x, ids, config.no_repeat_ngram_size))
+    if config.bad_words_ids:
+        chain.append(lambda x, ids: bad_words(x, ids, config.bad_words_ids))
+    return chain
+
+
+def _warpers(config: GenerationConfig) -> list[Callable[[Logits], Logits]]:
+    """In the order of transformers; what would change nothing is left out."""
+    chain: list[tuple[Callable[[Logits, Any], Logits], float | None, float]] = [
+        (apply_temperature, config.temperature, 1),
+        (top_k, config.top_k, 0),
+        (top_p, config.top_p, 1),
+        (min_p, config.min_p, 0),
+        (typical_p, config.typical_p, 1),
+    ]
+    return [
+        partial(_swapped, warp, value)
+        for warp, value, neutral in chain
+        if value is not None and value != neutral
+    ]
+
+
+def _swapped(warp: Callable[[Logits, Any], Logits], value: float, logits: Logits) -> Logits:
+    return warp(logits, value)

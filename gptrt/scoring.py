@@ -1,68 +1,106 @@
-"""How well a model predicts a text."""
+"""Perplexity: how well a bundle predicts a text, https://huggingface.co/docs/transformers/perplexity."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptrt.errors import OptionError, PromptError
-from gptrt.generator import Runs
-from gptrt.session import Logits
+from gptrt.cache import KVCache
+from gptrt.errors import DataError, FidelityError, OptionError
+from gptrt.generator import Runner
+from gptrt.session import Ids, Logits
+
+_LOGITS_BYTES = 64 << 20  # of one run
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`nll` is the mean negative log-likelihood in nats a token, `perplexity` its exponential."""
+    """`nll` is the mean negative log-likelihood in nats of `tokens` predicted ids."""
 
     perplexity: float
     nll: float
     tokens: int
 
 
-def perplexity(session: Runs, ids: Sequence[int], *, stride: int | None = None) -> Perplexity:
-    """Perplexity of a text over windows of the whole context, all tokens but the first predicted.
+def perplexity(
+    session: Runner,
+    ids: Sequence[int] | NDArray[np.integer[Any]],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+) -> Perplexity:
+    """Predict every id but the first, each exactly once.
 
-    Each window predicts its last `stride` tokens; what stands before them is context. Without
-    `stride` windows do not overlap. Raises PromptError for less than two ids.
+    A window of `window` ids (default: the context) moves by `stride` (default: `window`, no
+    overlap) and scores the `stride` ids after those that are scored already; the rest of it is
+    only read. A smaller stride gives each id more context and takes as many times longer.
+
+    Raises OptionError, DataError for a text of less than two ids, FidelityError for logits that
+    are no numbers.
     """
-    if len(ids) < 2:
-        raise PromptError(
-            "a text of 2 tokens or more", found=f"{len(ids)}", do="give a longer text"
-        )
-    context = min(session.manifest.cache.max_length, len(ids) - 1)
-    if stride is None:
-        stride = context
-    if not 1 <= stride <= session.manifest.cache.max_length:
+    context = session.manifest.model.n_positions
+    window = context if window is None else window
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window <= context:
         raise OptionError(
-            f"a stride of 1 to {session.manifest.cache.max_length}",
-            found=str(stride),
-            do="correct it",
+            f"1 <= stride <= window <= {context}",
+            found=f"stride {stride}, window {window}",
+            do="correct them or leave them out",
         )
-    array = np.asarray(ids, np.int64)
+    text = _checked(ids, session.manifest.model.vocab_size)
+    cache = session.new_cache(min(window, len(text) - 1))
     total = 0.0
-    for start, scored, end in _windows(len(ids) - 1, context, min(stride, context)):
-        inputs, targets = array[None, start:end], array[scored + 1 : end + 1]
-        logits = session.run(inputs, session.new_cache(context), keep=len(targets))
-        total += _nll(logits[0], targets)
-    nll = total / (len(ids) - 1)
-    return Perplexity(math.exp(min(nll, 700.0)), nll, len(ids) - 1)
+    for first in range(1, len(text), stride):  # the first id that this window predicts
+        end = min(first + stride, len(text))
+        cache.length = 0
+        total += _window_nll(session, cache, text[max(0, end - 1 - window) : end], end - first)
+    return _perplexity(total, len(text) - 1)
 
 
-def _windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first scored, end): every one of `count` inputs is scored exactly once."""
-    scored = 0
-    while scored < count:
-        end = min(count, scored + (stride if scored else context))
-        yield max(0, end - context), scored, end
-        scored = end
+def _checked(ids: Sequence[int] | NDArray[np.integer[Any]], vocab_size: int) -> Ids:
+    text = np.asarray(ids, np.int64)
+    if len(text) < 2 or not 0 <= text.min() <= text.max() < vocab_size:
+        raise DataError(
+            f"text of two tokens or more, ids from 0 to {vocab_size - 1}",
+            found=f"{len(text)} tokens",
+            do="give a longer text, encoded with the tokenizer of this bundle",
+        )
+    return text
 
 
-def _nll(logits: Logits, targets: NDArray[np.int64]) -> float:
-    """Sum over rows of -log softmax(logits [rows, vocab])[target], in float64."""
-    peak = logits.max(axis=-1, keepdims=True)
-    log_sum = np.log(np.exp(logits - peak).sum(axis=-1, dtype=np.float64)) + peak[:, 0]
-    return float((log_sum - logits[np.arange(len(targets)), targets]).sum())
+def _window_nll(session: Runner, cache: KVCache, window: Ids, scored: int) -> float:
+    """The nll, summed, of the last `scored` ids of a window, each from all before it."""
+    inputs, targets = window[:-1], window[1:]
+    size = max(1, _LOGITS_BYTES // (4 * session.manifest.model.vocab_size))
+    total, unscored = 0.0, len(inputs) - scored
+    for start in range(0, len(inputs), size):
+        end = min(start + size, len(inputs))
+        keep = end - max(start, unscored)
+        logits = session.run(inputs[None, start:end], cache, keep=max(1, keep))[0]
+        if keep > 0:
+            total += _nll(logits, targets[end - keep : end])
+    return total
+
+
+def _nll(logits: Logits, targets: Ids) -> float:
+    """Summed nll of targets [n] under logits [n, vocab], which are overwritten."""
+    logits -= logits.max(axis=-1, keepdims=True)
+    chosen = logits[np.arange(len(targets)), targets].astype(np.float64)
+    np.exp(logits, out=logits)
+    return float((np.log(logits.sum(axis=-1, dtype=np.float64)) - chosen).sum())
+
+
+def _perplexity(nll: float, tokens: int) -> Perplexity:
+    mean = nll / tokens
+    if not mean < math.log(np.finfo(np.float64).max):  # so that NaN is refused as well
+        raise FidelityError(
+            "a finite perplexity",
+            found=f"{mean} nats a token",
+            do="check the bundle with `gptrt verify`",
+        )
+    return Perplexity(math.exp(mean), mean, tokens)

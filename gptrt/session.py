@@ -1,9 +1,7 @@
 """The session: ids and a cache in, logits out. The one file of the runtime that knows onnxruntime.
 
-`run` is the hot path. For the single-token step everything is bound once, the mask at its full
-length, and a step rewrites three numbers in place: id, position and one more 1 in the mask. After a
-step has streamed all weights through the caches, Python runs cold there, and every call that is
-not made saves ten times what it costs in a warm loop.
+`run` is the hot path. For the single-token step everything is bound once, when the cache is made,
+and only rewritten in place: binding anew costs more than all other Python work of a step.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,8 @@ from gptrt.format import (
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     Bundle,
+    CacheLayout,
+    Manifest,
     past_name,
     present_name,
 )
@@ -40,169 +41,225 @@ Device = Literal["auto", "cpu", "cuda"]
 class Session:
     """A bundle's graph on one device.
 
-    Threads may call `run` at the same time, each with a cache of its own. `device` "auto" takes
-    CUDA where this onnxruntime has it and the bundle fits it. `seconds_in_graph` adds up the
-    wall time spent inside onnxruntime.
+    Threads may call `run` at the same time, each with a cache of its own. `graph_seconds` adds up
+    the time spent inside onnxruntime; with several threads it is only roughly right.
 
-    Raises DependencyError without onnxruntime, DeviceError if the device cannot run the bundle,
-    BundleError if the graph is not what the manifest says.
+    "auto" is CUDA where onnxruntime has it and the bundle is in float16, else the CPU. Raises
+    DependencyError without onnxruntime, DeviceError if the device cannot run the bundle,
+    OptionError for an impossible number of threads, BundleError if the graph is damaged or is not
+    what the manifest says.
     """
 
     def __init__(
         self, bundle: Bundle, *, device: Device = "auto", threads: int | None = None
     ) -> None:
         self.manifest = bundle.manifest
-        self.threads = _check_threads(threads)
-        self.seconds_in_graph = 0.0
+        self.threads = _checked_threads(threads)
+        self.graph_seconds = 0.0
         self._ort = import_onnxruntime()
-        self.device = _choose_device(self._ort, device)
-        self._session = self._open(bundle.file(GRAPH_FILE))
-        self._check_graph()
+        self.device, self._session = self._open(bundle.file(GRAPH_FILE), device)
+        _check_graph(self._session, self.manifest)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions in each of `batch` rows."""
+        longest = self.manifest.cache.max_length
+        if not 1 <= capacity <= longest:
+            raise PromptError(
+                f"1 to {longest} tokens", found=f"{capacity}", do="shorten the text or split it"
+            )
         return KVCache(batch, capacity, _Buffers(self, capacity, batch))
 
     def run(self, ids: Ids, cache: KVCache, *, keep: int = 1) -> Logits:
-        """Read ids [batch, new] after what `cache` holds: logits [batch, kept, vocab], fp32.
+        """Read ids [batch, new] after what `cache` holds: logits float32 [batch, kept, vocab].
 
         `keep` asks for the last so many positions, 0 for all. The array is valid until the next
-        run with this cache. Prefill and decode are the same call.
+        run with this cache. Prefill and decode are the same call. Rows are equally long; a batch
+        above 1 takes many ids at once only while its cache is empty. Raises PromptError.
         """
         batch, new = ids.shape
         total = cache.length + new
-        if total > cache.capacity or batch != cache.batch:
+        if total > cache.capacity or batch != cache.batch or new == 0:
             raise PromptError(
-                f"at most {cache.capacity} tokens in {cache.batch} rows",
-                found=f"{total} in {batch}",
-                do="shorten the prompt or ask for fewer new tokens",
+                f"1 to {cache.capacity - cache.length} more tokens in {cache.batch} rows",
+                found=f"{new} in {batch}",
+                do="make the cache as large as prompt and new tokens together",
+            )
+        if batch > 1 and new > 1 and cache.length:
+            raise PromptError(
+                "one token at a time in each row", found=f"{new}", do="read the prompts in one run"
             )
         buffers: _Buffers = cache.buffers
-        step = buffers.one if new == 1 else _Pass(buffers, new, keep or new, total)
-        step.load(ids, cache.length, total)
+        if new == 1:
+            step = buffers.single
+        else:
+            kept = min(keep or new, new)
+            step = _Step(self, buffers, (batch, new), length=total, keep=kept)
+        step.load(ids, cache.length)
         began = time.perf_counter()
         self._session.run_with_iobinding(step.binding)
-        self.seconds_in_graph += time.perf_counter() - began
+        self.graph_seconds += time.perf_counter() - began
         cache.length = total
         return step.logits
 
-    def _open(self, path: Path) -> Any:
-        ort = self._ort
+    def new_binding(self) -> Any:
+        """An IOBinding of onnxruntime, nothing bound yet."""
+        return self._session.io_binding()
+
+    def cache_value(self, shape: tuple[int, ...]) -> Any:
+        """Memory on the device for the keys or the values of one layer."""
+        dtype = np.dtype(self.manifest.cache.dtype)
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, 0)
+
+    def _open(self, path: Path, device: Device) -> tuple[Literal["cpu", "cuda"], Any]:
+        """The device that it came to be and onnxruntime's session on it."""
+        if device not in ("auto", "cpu", "cuda"):
+            raise DeviceError("device auto, cpu or cuda", found=repr(device), do="choose one")
+        if device == "cpu":
+            return "cpu", self._open_on(path, "cpu")
+        try:
+            _check_cuda(self._ort, self.manifest.cache)
+            return "cuda", self._open_on(path, "cuda")
+        except DeviceError:
+            if device == "cuda":
+                raise
+            return "cpu", self._open_on(path, "cpu")
+
+    def _open_on(self, path: Path, device: Literal["cpu", "cuda"]) -> Any:
+        ort, provider = self._ort, _PROVIDERS[device]
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads  # unset, it counts the host's cores
+        options.intra_op_num_threads = self.threads  # unset, it is the number of the host's cores
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3
-        wanted = _PROVIDERS[self.device]
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3  # errors
         try:
-            session = ort.InferenceSession(str(path), options, providers=[wanted])
-        except Exception as e:  # onnxruntime has no common base class for its errors
+            session = ort.InferenceSession(str(path), options, providers=[provider])
+        except Exception as e:  # its exceptions have no common base
+            if type(e).__name__ == "NotImplemented":
+                raise DeviceError(
+                    f"{device} kernels for every operator of {path}",
+                    found=str(e),
+                    do="update onnxruntime, choose another device, or export for this one",
+                ) from e
             raise BundleError(
-                f"a graph in {path} that onnxruntime {ort.__version__} can open on {self.device}",
+                f"a graph in {path} that onnxruntime {ort.__version__} can open",
                 found=str(e),
                 do="update onnxruntime, or export the bundle again",
             ) from e
-        if wanted not in session.get_providers():
+        if provider not in session.get_providers():  # it fell back to the CPU with a log line
             raise DeviceError(
-                f"{wanted}", found=f"only {session.get_providers()} loaded", do=_CUDA_HELP
+                f"{provider} to load", found="that its libraries are missing", do=_CUDA_HELP
             )
         return session
 
-    def _check_graph(self) -> None:
-        """What the graph takes and gives must be what the manifest says. Lists every fault."""
-        dtype = {"float32": "tensor(float)", "float16": "tensor(float16)"}[
-            self.manifest.cache.dtype
-        ]
-        wanted = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, POSITION_IDS), ("tensor(int64)", 2))
-        wanted |= dict.fromkeys(self.past_names, (dtype, 4))
-        found = {i.name: (i.type, len(i.shape)) for i in self._session.get_inputs()}
-        faults = [
-            f"{n} is {found.get(n)}, wanted {w}" for n, w in wanted.items() if found.get(n) != w
-        ]
-        faults += [f"unknown input {name}" for name in found.keys() - wanted.keys()]
-        outputs = {o.name for o in self._session.get_outputs()}
-        faults += [f"output {n} is missing" for n in {LOGITS, *self.present_names} - outputs]
-        if faults:
-            raise BundleError(
-                f"the inputs and outputs of a {self.manifest.cache.layers}-layer decoder",
-                found="; ".join(sorted(faults)),
-                do="export the bundle again",
-            )
-
-    @property
-    def past_names(self) -> list[str]:
-        return [
-            past_name(n, p) for n in range(self.manifest.cache.layers) for p in ("key", "value")
-        ]
-
-    @property
-    def present_names(self) -> list[str]:
-        layers = range(self.manifest.cache.layers)
-        return [present_name(n, p) for n in layers for p in ("key", "value")]
-
 
 class _Buffers:
-    """What a cache needs to run: its tensors on the device and the single-token pass."""
+    """The memory of one cache: keys and values on the device, and the single-token step."""
 
     def __init__(self, session: Session, capacity: int, batch: int) -> None:
         layout = session.manifest.cache
         shape = (batch, layout.kv_heads, capacity, layout.head_dim)
-        make = session._ort.OrtValue.ortvalue_from_shape_and_type
-        self.session, self.batch = session, batch
-        self.layers = [
-            (past, present, make(shape, np.dtype(layout.dtype), session.device, 0))
-            for past, present in zip(session.past_names, session.present_names, strict=True)
-        ]
-        self.one = _Pass(self, new=1, keep=1, masked=capacity)
+        self.values = [(*names, session.cache_value(shape)) for names in _cache_names(layout)]
+        # Its mask has room for every length, so that nothing has to be bound again.
+        self.single = _Step(session, self, (batch, 1), length=capacity, keep=1)
 
 
-class _Pass:
-    """One run's worth of bound memory for `new` tokens a row, usable at any position.
+class _Step:
+    """The bound memory of a run over ids [batch, new] with a mask [batch, length]."""
 
-    `masked` is the length of the mask; the graph counts its ones to learn how much is valid.
-    """
-
-    def __init__(self, buffers: _Buffers, new: int, keep: int, masked: int) -> None:
-        session, batch = buffers.session, buffers.batch
-        self.ids, self.positions = (np.zeros((batch, new), np.int64) for _ in range(2))
-        self.mask = np.zeros((batch, masked), np.int64)
-        self.keep = np.array([keep], np.int64)
+    def __init__(
+        self, session: Session, buffers: _Buffers, shape: tuple[int, int], *, length: int, keep: int
+    ) -> None:
+        batch, self._new = shape
+        self._ids, self._positions = (np.zeros(shape, np.int64) for _ in range(2))
+        self._mask = np.zeros((batch, length), np.int64)
+        self._keep = np.array([keep], np.int64)
         self.logits = np.empty((batch, keep, session.manifest.model.vocab_size), np.float32)
-        self.filled = 0  # ones in the mask
-        self.binding = session._session.io_binding()
-        self.on_host = session.device == "cpu"
-        for past, present, value in buffers.layers:  # the same memory: updated in place
+        self.binding = session.new_binding()
+        self._shares_memory = session.device == "cpu"
+        for past, present, value in buffers.values:  # the same memory: updated in place
             self.binding.bind_ortvalue_input(past, value)
             self.binding.bind_ortvalue_output(present, value)
         pointer = self.logits.ctypes.data
         self.binding.bind_output(LOGITS, "cpu", 0, np.float32, self.logits.shape, pointer)
         self._bind_inputs()
 
-    def load(self, ids: Ids, start: int, total: int) -> None:
-        """Take ids [batch, new] for positions `start` to `total`."""
-        self.ids[...] = ids
-        if total - start == 1 == total - self.filled:  # the step after the step before
-            self.positions[...] = start
-            self.mask[:, start] = 1
-        else:
-            self.positions[...] = np.arange(start, total)
-            self.mask[:, :total] = 1
-            self.mask[:, total:] = 0
-        self.filled = total
-        if not self.on_host:  # binding copied the values to the device: copy the new ones
+    def load(self, ids: Ids, start: int) -> None:
+        """Take ids [batch, new] for the positions from `start` on."""
+        end = start + self._new
+        self._ids[...] = ids
+        self._positions[...] = start if self._new == 1 else np.arange(start, end)
+        self._mask[:, :end] = 1
+        self._mask[:, end:] = 0
+        if not self._shares_memory:  # binding copied the values of then to the device
             self._bind_inputs()
 
     def _bind_inputs(self) -> None:
         for name, array in (
-            (INPUT_IDS, self.ids),
-            (ATTENTION_MASK, self.mask),
-            (POSITION_IDS, self.positions),
-            (NUM_LOGITS_TO_KEEP, self.keep),
+            (INPUT_IDS, self._ids),
+            (ATTENTION_MASK, self._mask),
+            (POSITION_IDS, self._positions),
+            (NUM_LOGITS_TO_KEEP, self._keep),
         ):
-            self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+            pointer = array.ctypes.data
+            self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, pointer)
 
 
-# --- opening onnxruntime ----------------------------------------------------------------------
+def _cache_names(layout: CacheLayout) -> list[tuple[str, str]]:
+    """Past and present of every key and value."""
+    parts: tuple[Literal["key", "value"], ...] = ("key", "value")
+    return [(past_name(n, p), present_name(n, p)) for n in range(layout.layers) for p in parts]
+
+
+# --- what the graph takes and gives, against the manifest ---------------------------------------
+
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+_INT64 = "tensor(int64)"
+
+
+def _check_graph(session: Any, manifest: Manifest) -> None:
+    """Raises BundleError with every name, type and dimension that is not as promised."""
+    layout = manifest.cache
+    cache = (_TYPES[layout.dtype], (None, layout.kv_heads, None, layout.head_dim))
+    names = _cache_names(layout)
+    inputs = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, POSITION_IDS), (_INT64, (None, None)))
+    optional = {NUM_LOGITS_TO_KEEP: (_INT64, (1,))}
+    outputs = {LOGITS: ("tensor(float)", (None, None, manifest.model.vocab_size))}
+    faults = [
+        *_differences("input", session.get_inputs(), inputs | {past: cache for past, _ in names}),
+        *_differences("optional input", session.get_overridable_initializers(), optional),
+        *_differences("output", session.get_outputs(), outputs | {now: cache for _, now in names}),
+    ]
+    if faults:
+        raise BundleError(
+            f"the inputs and outputs of a {layout.layers}-layer decoder",
+            found="; ".join(faults),
+            do="export the bundle again",
+        )
+
+
+def _differences(
+    kind: str, found: list[Any], wanted: Mapping[str, tuple[str, Sequence[int | None]]]
+) -> list[str]:
+    """None in a wanted shape is any dimension; so is a name or None in a found one."""
+    nodes = {node.name: node for node in found}
+    faults = [f"{kind} {name} is unknown" for name in nodes if name not in wanted]
+    for name, (dtype, shape) in wanted.items():
+        if name not in nodes:
+            faults.append(f"{kind} {name} is missing")
+        elif nodes[name].type != dtype or not _fits(nodes[name].shape, shape):
+            faults.append(f"{kind} {name} is {nodes[name].type} {nodes[name].shape}")
+    return faults
+
+
+def _fits(found: list[int | str | None], wanted: Sequence[int | None]) -> bool:
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(
+        w is None or not isinstance(f, int) or f == w for f, w in pairs
+    )
+
+
+# --- opening onnxruntime ------------------------------------------------------------------------
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_HELP = "pip install 'gptrt[cuda]' and its CUDA libraries, or use device='cpu'"
@@ -210,50 +267,71 @@ _TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
 
 def import_onnxruntime() -> Any:
-    """onnxruntime, its telemetry off: later than its import nothing turns it off any more."""
-    if "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY) != "1":
+    """onnxruntime, its telemetry off: that works before its import and not later.
+
+    Raises DependencyError without it; warns if the application imported it first.
+    """
+    if "onnxruntime" in sys.modules and _TELEMETRY not in os.environ:
         warnings.warn(
-            f"onnxruntime was imported before gptrt, without {_TELEMETRY}=1: it may write files "
-            "and use the network; set the variable before that import",
+            f"onnxruntime was imported before gptrt and without {_TELEMETRY}=1, so it may write "
+            "files and use the network; set the variable before that import",
             RuntimeWarning,
             stacklevel=3,
         )
-    os.environ[_TELEMETRY] = "1"
+    os.environ.setdefault(_TELEMETRY, "1")
     try:
         import onnxruntime
     except ImportError as e:
         raise DependencyError(
-            "onnxruntime", found=str(e), do="pip install 'gptrt[cpu]' or 'gptrt[cuda]'"
+            "the package onnxruntime",
+            found=str(e),
+            do="pip install 'gptrt[cpu]' (or 'gptrt[cuda]')",
         ) from e
     return onnxruntime
 
 
-def _choose_device(ort: Any, device: str) -> Literal["cpu", "cuda"]:
-    if device not in ("auto", "cpu", "cuda"):
-        raise DeviceError("device auto, cpu or cuda", found=repr(device), do="choose one of them")
+def _check_cuda(ort: Any, layout: CacheLayout) -> None:
+    """Raises DeviceError if CUDA cannot run the bundle; else loads its libraries."""
+    if layout.dtype != "float16":  # its attention kernel has no other type, and would run on CPU
+        raise DeviceError(
+            "a bundle in float16 for CUDA",
+            found=layout.dtype,
+            do="export it with `gptrt-export convert --quantize fp16`, or use device='cpu'",
+        )
     available = ort.get_available_providers()
-    if device == "cuda" and _PROVIDERS["cuda"] not in available:
+    if _PROVIDERS["cuda"] not in available:
         raise DeviceError(
             "an onnxruntime with the CUDA provider", found=", ".join(available), do=_CUDA_HELP
         )
-    return "cuda" if device == "cuda" else "cpu"
+    if hasattr(ort, "preload_dlls"):  # finds CUDA libraries that came as Python packages
+        ort.preload_dlls()
 
 
-def _check_threads(threads: int | None) -> int:
+def _checked_threads(threads: int | None) -> int:
     if threads is None:
         return usable_cores()
-    if not 1 <= threads <= 1024:
-        raise OptionError("1 to 1024 threads", found=str(threads), do="leave it out for all cores")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise OptionError(
+            "1 to 1024 threads", found=repr(threads), do="leave it out to use every core"
+        )
     return threads
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, bounded by the container's quota."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """Cores that this process may use: its affinity, bounded by the quota of its container."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(cores, round(cpu_quota() or cores)))
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of time that the container may use; None if it is not limited."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup, or quota "max"
-        return cores
+        if (root / "cpu.max").exists():  # cgroup v2: "quota period", or "max period"
+            quota, period = (root / "cpu.max").read_text().split()
+        else:  # v1: -1 is no limit
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):
+        return None

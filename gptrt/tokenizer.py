@@ -1,116 +1,221 @@
-"""Text to ids and back; in a stream, only whole characters leave, and no part of a stop string."""
+"""Text to ids and back, and text that leaves whole: no half character, no half stop string."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import copy
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gptrt.errors import BundleError, PromptError
-from gptrt.format import GENERATION_CONFIG_FILE, TOKENIZER_FILE, Bundle, read_json
+from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, Bundle, read_json
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for half a character
+if TYPE_CHECKING:
+    import tokenizers
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class StreamDecoder(Protocol):
+    """Turns ids into text one by one. The pieces and the flush joined are `decode` of all ids."""
+
+    def push(self, token: int) -> str:
+        """The text that is whole now; "" where a character is still incomplete."""
+
+    def flush(self) -> str:
+        """What is left at the end; an incomplete character becomes U+FFFD."""
 
 
 class Tokenizer:
-    """A `tokenizer.json`, and the id that ends a text, if there is one."""
+    """A `tokenizer.json`. `eos_token_ids` end a text; they are never part of it.
 
-    def __init__(self, path: Path, end: int | None = None) -> None:
-        from tokenizers import Tokenizer as Backend  # 40 ms that `import gptrt` must not cost
+    Nothing in it changes after it is made: threads may share one.
+    """
 
-        try:
-            self._backend = Backend.from_str(path.read_text(encoding="utf-8"))
-        except Exception as e:  # the library raises plain Exception
-            raise BundleError(f"a tokenizer in {path}", found=str(e), do="restore the file") from e
-        self.end = end
+    def __init__(self, inner: tokenizers.Tokenizer, eos_token_ids: Iterable[int] = ()) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.eos_token_ids = tuple(eos_token_ids)
+        added = inner.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Tokenizer:
-        """The tokenizer of a bundle."""
-        path = bundle.file(GENERATION_CONFIG_FILE)
-        config = read_json(path, error=BundleError) if path.is_file() else {}
-        end = config.get("eos_token_id") if isinstance(config, dict) else None
-        return cls(bundle.file(TOKENIZER_FILE), end if isinstance(end, int) else None)
+    def open(cls, bundle: Bundle) -> Tokenizer:
+        """The tokenizer of a bundle. Raises BundleError if its file cannot be read."""
+        from tokenizers import Tokenizer as Inner
+
+        path = bundle.file(TOKENIZER_FILE)
+        try:
+            inner = Inner.from_file(str(path))
+        except Exception as e:  # the library raises no narrower class
+            raise BundleError(
+                f"a tokenizer in {path}", found=str(e), do="export the bundle again"
+            ) from e
+        return cls(inner, _read_eos_token_ids(bundle))
+
+    def endless(self) -> Tokenizer:
+        """The same, with no id that ends a text: for measuring and for comparing ids."""
+        twin = copy.copy(self)
+        twin.eos_token_ids = ()
+        return twin
 
     @property
     def vocab_size(self) -> int:
-        size: int = self._backend.get_vocab_size()
-        return size
+        return self._inner.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises PromptError for characters that the tokenizer does not know."""
+        """The ids of a text. Raises PromptError if a character has none."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        except Exception as e:  # the library raises plain Exception
+            return self._inner.encode(text).ids
+        except Exception as e:  # likewise
             raise PromptError(
-                "text in characters that the model knows",
-                found=f"{text[:40]!r} ({e})",
-                do="leave the others out",
+                "text that this tokenizer knows", found=str(e), do="leave such characters out"
             ) from e
-        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+        """The text of ids, special tokens left out."""
+        return self._inner.decode(ids)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder for one text."""
+        from tokenizers.decoders import ByteLevel
+
+        return _ByteStream(self) if isinstance(self._inner.decoder, ByteLevel) else _Window(self)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a byte-level token stands for; none for a special or unknown one."""
+        name = None if token in self._special else self._inner.id_to_token(token)
+        if name is None:
+            return b""
+        values = _byte_values()
+        try:
+            return bytes([values[character] for character in name])
+        except KeyError:  # an added token, spelled as it is
+            return name.encode()
 
 
-class StreamDecoder:
-    """Ids in, text out, as soon as it is certain: whole characters only.
-
-    Decodes a short window of ids that starts at a point where the text was whole, so the cost of
-    an id does not grow with the text, and takes what the window adds to what was given before.
-    """
+class _ByteStream:
+    """For byte-level tokenizers: a token is bytes, and UTF-8 says when they are whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []  # the last whole part, for context, and what came after it
-        self._whole = 0  # how many of _ids are that part
-        self._before = ""  # its text
+        self._token_bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, token: int) -> str:
-        """The text that `token` completes, often its own, sometimes none."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith(_UNFINISHED):
-            return ""
-        piece = text[len(self._before) :]
-        self._ids = self._ids[self._whole :]
-        self._whole = len(self._ids)
-        self._before = self._tokenizer.decode(self._ids)
-        return piece
+    def push(self, token: int) -> str:
+        return self._utf8.decode(self._token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end, half characters as replacement characters."""
-        return self._tokenizer.decode(self._ids)[len(self._before) :]
+        return self._utf8.decode(b"", final=True)
+
+
+class _Window:
+    """For any other tokenizer: what a few ids add to the text of the few before them.
+
+    A token's text may depend on its neighbour (a space at the very beginning, bytes of one
+    character), so the text of the last piece is decoded again with each new id, and no more.
+    """
+
+    _LONGEST = 4  # tokens that one character can take: its bytes in UTF-8
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = tokenizer.decode
+        self._before: list[int] = []
+        self._new: list[int] = []
+
+    def push(self, token: int) -> str:
+        self._new.append(token)
+        text = self._added()
+        if text.endswith(_REPLACEMENT) and len(self._new) < self._LONGEST:
+            return ""
+        if text:
+            self._before, self._new = self._new, []
+        return text
+
+    def flush(self) -> str:
+        return self._added() if self._new else ""
+
+    def _added(self) -> str:
+        return self._decode(self._before + self._new)[len(self._decode(self._before)) :]
 
 
 class StopStrings:
-    """Holds back text that may be the beginning of a stop string."""
+    """Ends a text before the first of `stops`, wherever the borders of its pieces are.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Text that could be the beginning of a stop string is held back until that is decided, so no
+    part of one ever leaves. `fired` names the one that ended the text.
+
+    >>> stop = StopStrings(["END"])
+    >>> [stop.push("one E"), stop.push("N"), stop.push("D two")], stop.fired
+    (['one ', '', ''], 'END')
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
+        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.fired: str | None = None
 
-    def feed(self, piece: str) -> str:
-        """The text that can leave; once `fired` is set, nothing more may be fed."""
-        text = self._held + piece
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            at, self.fired = min(found, key=lambda hit: hit[0])
-            self._held = ""
-            return text[:at]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+    def push(self, text: str) -> str:
+        """The part of the text so far that is free to leave now."""
+        if not self._stops:
+            return text
+        text, self._held = self._held + text, ""
+        # The first to be complete; of two complete at once, the longer.
+        ends = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
+        if ends:
+            _, start, self.fired = min(ends)
+            return text[:start]
+        free = len(text) - self._undecided(text)
+        self._held = text[free:]
+        return text[:free]
 
     def flush(self) -> str:
+        """What was held back in vain."""
         held, self._held = self._held, ""
         return held
 
+    def _undecided(self, text: str) -> int:
+        """The length of the longest end of `text` that begins a stop string."""
+        lengths = range(min(len(text), self._longest - 1), 0, -1)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
-    return next(
-        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
-    )
+
+@cache
+def _byte_values() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on.
+
+    https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _read_eos_token_ids(bundle: Bundle) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, else of config.json: none, one, or several."""
+    for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):
+        if name in bundle.manifest.files:
+            value = _eos_token_id(bundle.file(name))
+            if value is not None:
+                ids = value if isinstance(value, list) else [value]
+                return tuple(_checked(i, bundle, name) for i in ids)
+    return ()
+
+
+def _eos_token_id(path: Path) -> Any:
+    config = read_json(path, error=BundleError)
+    return config.get("eos_token_id") if isinstance(config, dict) else None
+
+
+def _checked(token: Any, bundle: Bundle, name: str) -> int:
+    vocab_size = bundle.manifest.model.vocab_size
+    if not isinstance(token, int) or not 0 <= token < vocab_size:
+        raise BundleError(
+            f"eos_token_id in {bundle.file(name)} from 0 to {vocab_size - 1}",
+            found=repr(token),
+            do="export the bundle again",
+        )
+    return token

@@ -1,0 +1,39 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/demo.stamp
+	rm -rf demo && mkdir demo
+	$(BIN)/python -c "from pydoc_data.topics import topics as t; print('\n\n'.join(t[k] for k in sorted(t)))" > demo/topics.txt
+	@echo "--- 1 of 4: fine-tune the embedded default for a minute on CPython's own manual"
+	$(BIN)/gptrt-export train --from models/tales --data demo/topics.txt --out demo/run --max-time 60
+	@echo "--- 2 and 3 of 4: convert to int4 and verify against PyTorch"
+	$(BIN)/gptrt-export convert demo/run --out demo/bundle --quantize int4
+	@echo "--- 4 of 4: generate, from what it was and from what it has become"
+	$(BIN)/gptrt generate "The function" --max-new-tokens 60 --temperature 0.7 --seed 1
+	$(BIN)/gptrt generate demo/bundle "The function" --max-new-tokens 60 --temperature 0.7 --seed 1
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

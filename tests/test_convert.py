@@ -1,0 +1,239 @@
+"""Conversion: the graph is the model, the bundle is whole or not there, wrong input is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint import load_checkpoint
+from export.cli import main as gptrt_export
+from export.model import GPT
+from export.pipeline import ConvertOptions, convert
+from export.reopen import load_bundle
+from export.runs import Run
+from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
+from gptrt.format import open_bundle, read_manifest
+from gptrt.session import Session
+
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {
+    "gpt2": GPT2_SHAPE,
+    "gpt2-erf-untied": replace(GPT2_SHAPE, activation="gelu_erf", tied=False),
+    "llama-grouped-heads": LLAMA_SHAPE,
+    "llama-untied": replace(LLAMA_SHAPE, tied=False, rope_theta=5e5),
+    "rotary-layernorm": replace(GPT2_SHAPE, positions="rotary", bias=False),
+}
+
+
+def open_session(
+    model: GPT, save_model: Callable[[GPT], Path], text: Path, tmp_path: Path, **options: object
+) -> Session:
+    out = tmp_path / "bundle"
+    settings = ConvertOptions(verify_text=text, allow_loss=True, **options)  # type: ignore[arg-type]
+    convert(save_model(model), out, settings)
+    return Session(open_bundle(out), device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_fp32_graph_gives_pytorchs_logits_whole_in_chunks_and_in_single_steps(
+    shape: str, save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = scrambled(SHAPES[shape])
+    session = open_session(model, save_model, text_file, tmp_path, mode="none")
+    ids = np.random.default_rng(0).integers(0, 300, (1, 48))
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).numpy()
+    for chunks in ([48], [20, 28], [5] + [1] * 43, [1] * 3 + [30] + [1] * 15):
+        cache, found, start = session.new_cache(48), [], 0
+        for size in chunks:
+            found.append(session.run(ids[:, start : start + size], cache, keep=0).copy())
+            start += size
+        np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
+
+
+def test_going_back_in_the_cache_gives_what_a_fresh_cache_gives(
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    session = open_session(scrambled(LLAMA_SHAPE), save_model, text_file, tmp_path, mode="none")
+    ids = np.arange(20)[None]
+    cache, fresh = session.new_cache(32), session.new_cache(32)
+    session.run(ids, cache)
+    for token in (7, 8, 9):
+        session.run(np.array([[token]]), cache)
+    cache.length = 20
+    session.run(ids, fresh)
+    step = np.array([[42]])
+    assert np.array_equal(session.run(step, cache), session.run(step, fresh))
+
+
+def test_rows_of_a_batch_are_computed_as_if_alone(
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    session = open_session(scrambled(GPT2_SHAPE), save_model, text_file, tmp_path, mode="none")
+    ids = np.random.default_rng(1).integers(0, 300, (3, 10))
+    together = session.new_cache(12, batch=3)
+    first = session.run(ids, together).copy()
+    second = session.run(ids[:, :1], together).copy()
+    for row in range(3):
+        alone = session.new_cache(12)
+        np.testing.assert_allclose(session.run(ids[row : row + 1], alone)[0], first[row], atol=1e-5)
+        again = session.run(ids[row : row + 1, :1], alone)
+        np.testing.assert_allclose(again[0], second[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("mode", "bound"), [("int8", 0.02), ("int4", 0.25)])
+def test_a_quantized_graph_computes_with_the_matrices_that_it_stores(
+    shape: str,
+    mode: str,
+    bound: float,
+    save_model: Callable[[GPT], Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    model = scrambled(SHAPES[shape])
+    session = open_session(model, save_model, text_file, tmp_path, mode=mode, block_size=32)
+    reopened = load_bundle(tmp_path / "bundle")
+    for name, tensor in model.state_dict().items():
+        error = (reopened.state[name] - tensor).norm() / tensor.norm()
+        assert error < bound / 2, name
+    ids = np.random.default_rng(0).integers(0, 300, (1, 32))
+    found = session.run(ids, session.new_cache(32), keep=0)
+    with torch.no_grad():
+        wanted = reopened.model().eval()(torch.from_numpy(ids)).numpy()
+    # What is left is the rounding of activations to 8 bits.
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.05
+
+
+def test_a_tied_matrix_is_stored_once_and_every_matrix_is_quantized(
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = scrambled(GPT2_SHAPE)
+    open_session(model, save_model, text_file, tmp_path, mode="int8", block_size=64)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "wpe" not in n)
+    rest = 4 * sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 or "wpe" in n)
+    size = open_bundle(tmp_path / "bundle").weights_bytes
+    assert matrices < size - rest < matrices * 1.07 + 50_000  # scales, and the graph itself
+
+
+def test_the_bundle_says_what_it_is_and_where_it_comes_from(bundle: Path, run: Run) -> None:
+    manifest = read_manifest(bundle)
+    assert manifest.model == run.config.model
+    assert manifest.lineage["steps"] == "60"
+    assert manifest.lineage["data"] == "story.txt"
+    fidelity = manifest.fidelity
+    assert fidelity is not None
+    assert 0.99 < fidelity.perplexity_ratio < 1.005
+    assert fidelity.top1 > 0.95
+    assert fidelity.kl < 0.01
+    card = (bundle / "README.md").read_text()
+    assert f"{fidelity.perplexity_ratio:.4f}" in card
+    assert {p.name for p in bundle.iterdir()} == {*manifest.files, "gptrt.json"}
+
+
+def test_a_bundle_above_the_limit_fails_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(FidelityError, match="at most 0\\.5"):
+        convert(run.path, out, ConvertOptions("int4", max_perplexity_ratio=0.5))
+    assert list(tmp_path.iterdir()) == []
+    allowed = ConvertOptions("int4", max_perplexity_ratio=0.5, allow_loss=True)
+    convert(run.path, out, allowed)
+    assert open_bundle(out).manifest.quantization.mode == "int4"
+
+
+def test_a_bundle_can_be_fine_tuned(bundle: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = ("train", "--from", bundle, "--data", text_file, "--out", tmp_path / "run")
+    sizes = ("--set", "seq_len=32", "--set", "eval_every=2")
+    done = run_cli(gptrt_export, *arguments, *sizes, "--max-steps", 4)
+    assert done.exit_code == 0, done.output
+    assert load_checkpoint(tmp_path / "run").lineage["base_data"] == "story.txt"
+
+
+def test_json_output_has_the_agreed_keys(bundle: Path, run: Run, text_file: Path) -> None:
+    keys = {"bundle", "quantize", "bytes", "perplexity", "perplexity_reference"}
+    keys |= {"perplexity_ratio", "kl", "top1"}
+    checked = run_cli(
+        gptrt_export, "verify", bundle, "--against", run.path, "--text", text_file, "--json"
+    )
+    assert checked.exit_code == 0, checked.output
+    assert set(json.loads(checked.stdout)) == keys
+
+
+def test_kill_9_during_conversion_leaves_no_bundle(run: Run, tmp_path: Path) -> None:
+    code = "import sys; from export.cli import main; main(sys.argv[1:])"
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-c", code, "convert", str(run.path), "--out", str(out)]
+    for seen in (".bundle.*.partial", ".bundle.*.partial/model.onnx"):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        while not list(tmp_path.glob(seen)) and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not out.exists()
+    convert(run.path, out, ConvertOptions(allow_loss=True))
+    assert open_bundle(out)
+
+
+# --- wrong input --------------------------------------------------------------------------------
+
+
+def test_an_existing_bundle_is_kept_unless_force_says_otherwise(
+    run: Run, copied: Path, tmp_path: Path
+) -> None:
+    before = (copied / "gptrt.json").read_bytes()
+    arguments = ("convert", run.path, "--out", copied, "--allow-loss")
+    assert_refused(run_cli(gptrt_export, *arguments), "--force")
+    assert (copied / "gptrt.json").read_bytes() == before
+    assert run_cli(gptrt_export, *arguments, "--force").exit_code == 0
+    assert open_bundle(copied).manifest.quantization.mode == "int4"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    assert_refused(run_cli(gptrt_export, *arguments[:3], mine, "--force"), "another --out")
+    assert (mine / "file").read_text() == "mine"
+
+
+def test_wrong_input_to_convert_is_refused_before_any_work(
+    run: Run, save_model: Callable[[GPT], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    source = save_model(scrambled(GPT2_SHAPE))
+    short = tmp_path / "short.txt"
+    short.write_text("a")
+    for error, path, options in (
+        (CheckpointError, tmp_path / "nothing", {}),
+        (DataError, source, {}),
+        (DataError, source, {"verify_text": tmp_path / "nothing.txt"}),
+        (DataError, source, {"verify_text": short}),
+        (OptionError, run.path, {"block_size": 100}),
+    ):
+        with pytest.raises(error):
+            convert(path, out, ConvertOptions(**options))
+        assert not out.exists()
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_a_head_size_that_attention_cannot_compute_is_refused(
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    odd = scrambled(replace(GPT2_SHAPE, n_head=16, n_kv_head=16, head_dim=4))
+    with pytest.raises(CheckpointError, match="multiple of 8"):
+        convert(save_model(odd), tmp_path / "b", ConvertOptions(verify_text=text_file))
+
+
+def test_output_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert_refused(run_cli(gptrt_export, "convert", run.path, "--out", blocker / "b"), "write")
+    assert list(tmp_path.iterdir()) == [blocker]

@@ -1,0 +1,155 @@
+"""Checkpoints of others, whose right answers are known. They are not part of this project."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from export.model import GPT
+from export.pipeline import ConvertOptions, convert
+from export.reopen import load_bundle
+from export.tokenization import from_gpt2_files
+from gptrt.format import ModelConfig, open_bundle
+from gptrt.generator import Generator, embedded_bundle
+from gptrt.session import Session
+
+from .conftest import SHARED
+
+GOLDEN = SHARED / "golden"
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="needs the golden checkpoints, which are not part of the project"
+)
+
+
+def numbers(size: int) -> Tokenizer:
+    """A tokenizer for models that have none: an id is written as its number."""
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(size)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def fp32_bundle(checkpoint: Checkpoint, folder: Path) -> Session:
+    """The checkpoint's fp32 graph, opened by the runtime."""
+    size = checkpoint.config.vocab_size
+    source = Checkpoint(
+        checkpoint.config, checkpoint.state, checkpoint.tokenizer or numbers(size), {}
+    )
+    save_checkpoint(source, folder / "source")
+    text = folder / "text.txt"
+    text.write_text(" ".join(str(i % size) for i in range(200)))
+    convert(folder / "source", folder / "bundle", ConvertOptions("none", verify_text=text))
+    return Session(open_bundle(folder / "bundle"), device="cpu")
+
+
+def sort_checkpoint() -> Checkpoint:
+    raw = json.loads((GOLDEN / "gpt-nano-sort" / "gpt-nano-sort-model.json").read_text())
+    shape = raw.pop("config")
+    config = ModelConfig(
+        vocab_size=shape["vocab_size"],
+        n_positions=shape["block_size"],
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        n_kv_head=shape["n_head"],
+        n_embd=shape["n_embd"],
+        head_dim=shape["n_embd"] // shape["n_head"],
+        n_inner=4 * shape["n_embd"],
+        tied=False,
+    )
+    state = {k.removeprefix("transformer."): tensor(v) for k, v in raw.items()}
+    names = GPT(config).state_dict()
+    return Checkpoint(config, {k: v for k, v in state.items() if k in names}, None, {})
+
+
+def tensor(value: dict[str, Any]) -> torch.Tensor:
+    data = np.frombuffer(base64.b64decode(value["data"]), np.float32)
+    return torch.from_numpy(data.reshape(value["shape"]).copy())
+
+
+def checkpoints() -> dict[str, Any]:
+    return {
+        "story-7m": lambda: load_checkpoint(GOLDEN / "story-7m"),
+        "gpt-nano-sort": sort_checkpoint,
+        "tiny-random-gpt2": lambda: load_checkpoint(GOLDEN / "tiny-random-gpt2"),
+        "the embedded default": lambda: load_bundle(embedded_bundle()),
+    }
+
+
+@pytest.mark.parametrize("name", checkpoints())
+def test_pytorch_and_the_fp32_graph_agree_in_logits_and_in_200_greedy_ids(
+    name: str, tmp_path: Path
+) -> None:
+    checkpoint = checkpoints()[name]()
+    model, session = checkpoint.model().eval(), fp32_bundle(checkpoint, tmp_path)
+    vocabulary, context = checkpoint.config.vocab_size, checkpoint.config.n_positions
+    prompt = np.random.default_rng(3).integers(0, vocabulary, (1, min(32, context // 2)))
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(prompt)).numpy()
+    half = prompt.shape[1] // 2
+    cache = session.new_cache(context)
+    found = [
+        session.run(part, cache, keep=0).copy() for part in (prompt[:, :half], prompt[:, half:])
+    ]
+    np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
+
+    ids, row = prompt[0].tolist(), found[-1][0, -1]
+    for _ in range(min(200, context - len(ids))):
+        with torch.no_grad():
+            best = model(torch.tensor([ids]))[0, -1]
+        np.testing.assert_allclose(row, best.numpy(), atol=1e-4)
+        assert int(row.argmax()) == int(best.argmax())
+        ids.append(int(best.argmax()))
+        if len(ids) < context:
+            row = session.run(np.array([[ids[-1]]]), cache)[0, -1]
+
+
+def test_gpt_nano_sort_computes_the_published_logits_and_sorts_everything(tmp_path: Path) -> None:
+    path = GOLDEN / "gpt-nano-sort" / "gpt-nano-sort-t0-partials.json"
+    partials = json.loads(path.read_text())
+    checkpoint = sort_checkpoint()
+    session = fp32_bundle(checkpoint, tmp_path)
+    ids = tensor(partials["idx"]).long()
+    wanted = tensor(partials["lm_head"])
+    model = checkpoint.model().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), wanted, atol=1e-5, rtol=0)
+    found = session.run(ids.numpy(), session.new_cache(11, batch=len(ids)), keep=0)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+    rows = np.array(list(itertools.product(range(3), repeat=6)))  # [729, 6]
+    cache = session.new_cache(11, batch=len(rows))
+    answer = [session.run(rows, cache)[:, -1].argmax(-1)]
+    while cache.length < 11:
+        answer.append(session.run(answer[-1][:, None], cache)[:, -1].argmax(-1))
+    assert np.array_equal(np.stack(answer, axis=1), np.sort(rows, axis=1))
+
+
+def test_tiny_random_gpt2_gives_the_greedy_ids_that_onnxruntime_genai_expects(
+    tmp_path: Path,
+) -> None:
+    folder = GOLDEN / "tiny-random-gpt2"
+    expected = json.loads((folder / "expected.json").read_text())["greedy"]
+    fp32_bundle(load_checkpoint(folder), tmp_path)
+    generator = Generator(tmp_path / "bundle", device="cpu")
+    for prompt, wanted in zip(expected["input_ids"], expected["output_ids"], strict=True):
+        new = list(generator.tokens(prompt, max_new_tokens=len(wanted) - len(prompt)))
+        assert [*prompt, *new] == wanted
+
+
+def test_gpt2s_own_files_make_a_tokenizer_that_passes_every_known_case() -> None:
+    folder = SHARED / "gpt2-tokenizer"
+    tokenizer = from_gpt2_files(folder / "encoder.json", folder / "vocab.bpe")
+    raw = (folder / "cases.inp").read_bytes().decode("utf-8")
+    texts = raw.split("\n__ggml_vocab_test__\n")
+    lines = (folder / "cases.out").read_text().split("\n")
+    wanted = [[int(i) for i in line.split()] for line in lines]
+    assert len(texts) == len(wanted) == 47
+    assert [tokenizer.encode(text).ids for text in texts] == wanted

@@ -1,0 +1,206 @@
+"""Choosing ids: each function on arrays that fit on a line, and against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gptrt import sampling
+from gptrt.config import GenerationConfig
+from gptrt.errors import FidelityError
+from gptrt.sampling import Sampler
+
+GONE = -np.inf
+
+
+def array(*values: float) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
+def log(*probabilities: float) -> NDArray[np.float32]:
+    return np.log(array(*probabilities))
+
+
+def history(*ids: int) -> NDArray[np.int64]:
+    return np.array(ids, np.int64)
+
+
+def kept(logits: NDArray[np.float32]) -> list[int]:
+    return np.flatnonzero(logits > GONE).tolist()
+
+
+def test_greedy_takes_the_lowest_id_of_equals() -> None:
+    assert sampling.greedy(array(1, 3, 3, 2)) == 1
+
+
+@pytest.mark.parametrize("logits", [array(1, np.nan, 2), array(GONE, GONE), array(1, np.inf)])
+def test_logits_without_a_finite_maximum_are_refused(logits: NDArray[np.float32]) -> None:
+    with pytest.raises(FidelityError):
+        sampling.greedy(logits)
+    with pytest.raises(FidelityError):
+        sampling.sample(logits, 0.5)
+
+
+def test_temperature_divides() -> None:
+    assert sampling.apply_temperature(array(2, -4), 2).tolist() == [1, -2]
+
+
+def test_top_k_keeps_k_and_what_ties_with_the_last() -> None:
+    assert kept(sampling.top_k(array(1, 4, 2, 3), 2)) == [1, 3]
+    assert kept(sampling.top_k(array(1, 4, 3, 3), 2)) == [1, 2, 3]
+    assert kept(sampling.top_k(array(1, 4), 9)) == [0, 1]
+
+
+def test_top_p_keeps_the_fewest_that_reach_p() -> None:
+    logits = log(0.1, 0.5, 0.25, 0.15)
+    assert kept(sampling.top_p(logits, 0.7)) == [1, 2]
+    assert kept(sampling.top_p(logits, 0.8)) == [1, 2, 3]
+    assert kept(sampling.top_p(logits, 1e-9)) == [1]
+
+
+def test_min_p_is_relative_to_the_most_likely() -> None:
+    assert kept(sampling.min_p(log(0.1, 0.5, 0.24, 0.16), 0.4)) == [1, 2]
+    assert kept(sampling.min_p(log(0.1, 0.9), 0.0)) == [0, 1]
+
+
+def test_typical_p_can_drop_the_most_likely() -> None:
+    logits = log(0.36, 0.16, 0.16, 0.16, 0.16)
+    assert kept(sampling.typical_p(logits, 0.5)) == [1, 2, 3, 4]
+
+
+def test_repetition_penalty_pushes_down_on_both_sides_of_zero() -> None:
+    logits = array(2, -2, 2, -2)
+    assert sampling.repetition_penalty(logits, history(0, 1, 0), 2.0).tolist() == [1, -4, 2, -2]
+
+
+def test_no_ngram_is_completed_twice() -> None:
+    logits = np.zeros(6, np.float32)
+    seen = history(1, 2, 3, 1, 2, 4, 1, 2)
+    assert kept(sampling.no_repeat_ngram(logits, seen, 3)) == [0, 1, 2, 5]
+    assert kept(sampling.no_repeat_ngram(logits, seen, 1)) == [0, 5]
+    assert kept(sampling.no_repeat_ngram(logits, history(1), 3)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_bad_words_lose_their_last_id_only_after_the_others() -> None:
+    logits, words = np.zeros(5, np.float32), [(4,), (1, 2), (3, 1, 0)]
+    assert kept(sampling.bad_words(logits, history(3, 1), words)) == [1, 3]
+    assert kept(sampling.bad_words(logits, history(2), words)) == [0, 1, 2, 3]
+
+
+def test_no_function_changes_its_input() -> None:
+    logits = log(0.1, 0.5, 0.25, 0.15)
+    before = logits.copy()
+    sampling.apply_temperature(logits, 2)
+    sampling.top_k(logits, 2)
+    sampling.top_p(logits, 0.5)
+    sampling.min_p(logits, 0.5)
+    sampling.typical_p(logits, 0.5)
+    sampling.repetition_penalty(logits, history(1), 2)
+    sampling.ban(logits, [1])
+    assert (logits == before).all()
+
+
+def test_sample_inverts_the_cumulative_distribution() -> None:
+    logits = log(0.25, 0.5, 0.25)
+    drawn = [sampling.sample(logits, u) for u in (0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53)]
+    assert drawn == [0, 0, 1, 1, 2, 2]
+
+
+def test_sample_never_draws_what_was_removed() -> None:
+    logits = array(GONE, 0, GONE, 0, GONE)
+    assert {sampling.sample(logits, u) for u in (0, 0.4, 0.6, 1 - 2**-53)} == {1, 3}
+
+
+def test_uniform_depends_on_seed_sequence_and_step_alone() -> None:
+    keys = [(seed, row, step) for seed in (0, 1, 2**64 - 1) for row in (0, 1) for step in (0, 1)]
+    numbers = [sampling.uniform(*key) for key in keys]
+    assert numbers == [sampling.uniform(*key) for key in keys]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_uniform_is_uniform() -> None:
+    numbers = [sampling.uniform(7, 0, step) for step in range(20_000)]
+    counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
+    assert ((counts - 1000) ** 2 / 1000).sum() < 50  # chi squared, 19 degrees, p about 1e-4
+
+
+def test_samples_follow_the_probabilities() -> None:
+    sampler = Sampler(GenerationConfig(do_sample=True, seed=3), [0], room=10_000)
+    counts = np.bincount([sampler.next(log(0.6, 0.3, 0.1)) for _ in range(10_000)])
+    assert np.abs(counts / 10_000 - [0.6, 0.3, 0.1]).max() < 0.02
+
+
+def test_no_end_before_min_new_tokens() -> None:
+    config = GenerationConfig(min_new_tokens=2)
+    sampler = Sampler(config, [0], eos_token_ids=(2,), room=3)
+    assert [sampler.next(array(0, 1, 2)) for _ in range(3)] == [1, 1, 2]
+
+
+def test_what_is_chosen_counts_as_read() -> None:
+    sampler = Sampler(GenerationConfig(no_repeat_ngram_size=1), [3], room=3)
+    assert [sampler.next(array(1, 2, 3, 4)) for _ in range(3)] == [2, 1, 0]
+
+
+def test_without_a_seed_two_samplers_differ() -> None:
+    config = GenerationConfig(do_sample=True)
+    drawn = [[s.next(np.zeros(1000, np.float32)) for _ in range(8)] for s in _samplers(config, 2)]
+    assert drawn[0] != drawn[1]
+
+
+def _samplers(config: GenerationConfig, count: int) -> list[Sampler]:
+    return [Sampler(config, [0], room=8) for _ in range(count)]
+
+
+# --- against transformers -----------------------------------------------------------------------
+
+Function = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
+
+PAIRS: list[tuple[str, dict[str, Any], Function]] = [
+    (
+        "TemperatureLogitsWarper",
+        {"temperature": 0.7},
+        lambda x, _: sampling.apply_temperature(x, 0.7),
+    ),
+    ("TopKLogitsWarper", {"top_k": 7}, lambda x, _: sampling.top_k(x, 7)),
+    ("TopPLogitsWarper", {"top_p": 0.8}, lambda x, _: sampling.top_p(x, 0.8)),
+    ("TopPLogitsWarper", {"top_p": 0.05}, lambda x, _: sampling.top_p(x, 0.05)),
+    ("MinPLogitsWarper", {"min_p": 0.1}, lambda x, _: sampling.min_p(x, 0.1)),
+    ("TypicalLogitsWarper", {"mass": 0.3}, lambda x, _: sampling.typical_p(x, 0.3)),
+    ("TypicalLogitsWarper", {"mass": 0.95}, lambda x, _: sampling.typical_p(x, 0.95)),
+    (
+        "RepetitionPenaltyLogitsProcessor",
+        {"penalty": 1.3},
+        lambda x, ids: sampling.repetition_penalty(x, ids, 1.3),
+    ),
+    (
+        "NoRepeatNGramLogitsProcessor",
+        {"ngram_size": 2},
+        lambda x, ids: sampling.no_repeat_ngram(x, ids, 2),
+    ),
+    (
+        "NoBadWordsLogitsProcessor",
+        {"bad_words_ids": [[4], [1, 2], [2, 1, 9]]},
+        lambda x, ids: sampling.bad_words(x, ids, [[4], [1, 2], [2, 1, 9]]),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "ours"), PAIRS, ids=lambda v: str(v)[:40])
+def test_each_function_equals_that_of_transformers(
+    name: str, arguments: dict[str, Any], ours: Function
+) -> None:
+    torch = pytest.importorskip("torch")
+    theirs = getattr(pytest.importorskip("transformers"), name, None)
+    if theirs is None:
+        theirs = getattr(pytest.importorskip("transformers.generation.logits_process"), name)
+    process = theirs(**arguments)
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        logits = (3 * random.standard_normal(200)).astype(np.float32)
+        ids = random.integers(0, 10, 30)
+        wanted = process(torch.from_numpy(ids[None]), torch.from_numpy(logits[None].copy()))[0]
+        np.testing.assert_allclose(ours(logits, ids), wanted.numpy(), rtol=1e-6)

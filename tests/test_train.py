@@ -1,0 +1,241 @@
+"""Training: exact resumption, checkpoints that survive, errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint import load_checkpoint, run_pointer
+from export.cli import main as gptrt_export
+from export.data import Windows, open_ids, read_pieces, tokenize
+from export.progress import ProgressBar
+from export.runs import Run, create_run, open_run
+from export.tokenization import TokenizerConfig, train_tokenizer
+from export.train import train
+from gptrt.errors import DataError, TrainingError
+
+from .conftest import assert_refused, make_plan, run_cli, story
+
+QUIET = ProgressBar("training", quiet=True)
+ROOT = Path(__file__).parents[1]
+
+
+def losses(run: Run) -> list[dict[str, float]]:
+    """The log without what the clock decides."""
+    lines = [json.loads(line) for line in run.log.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tok_s"} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_interrupted_and_resumed_gives_the_same_losses_bit_for_bit(
+    text_file: Path, tmp_path: Path, optimizer: str
+) -> None:
+    from dataclasses import replace
+
+    plan = make_plan(text_file, grad_accum=2)
+    kind = replace(plan.train.optimizer, kind=optimizer)
+    plan = replace(plan, train=replace(plan.train, optimizer=kind))
+    whole = create_run(tmp_path / "whole", plan)
+    train(whole, QUIET)
+
+    broken = create_run(tmp_path / "broken", plan)
+    countdown = iter([False] * 6 + [True])
+    assert train(broken, QUIET, lambda: next(countdown)).reason == "interrupted"
+    train(open_run(broken.path), QUIET)
+
+    found = [line for line in losses(broken) if "loss" in line]
+    assert found == [line for line in losses(whole) if "loss" in line]
+    for a, b in zip(whole.last()[0].state.values(), broken.last()[0].state.values(), strict=True):
+        assert torch.equal(a, b)
+    assert whole.last()[2].best_loss == broken.last()[2].best_loss
+
+
+def test_training_learns_and_leaves_a_log_a_picture_and_checkpoints(run: Run) -> None:
+    valid = [line["valid_loss"] for line in losses(run) if "valid_loss" in line]
+    assert valid[-1] < valid[0] < math.log(300)
+    assert (run.path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(run_pointer(run.path)) == {"best", "last"}
+    assert load_checkpoint(run.path).lineage["steps"] == "60"
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
+    text_file: Path, tmp_path: Path
+) -> None:
+    run = create_run(tmp_path / "run", make_plan(text_file, eval_every=3))
+    train(run.with_limits(3, None), QUIET)
+    before = run_pointer(run.path)
+    ids = np.fromfile(run.train_ids, "<u4")
+    checkpoint, moments, state = run.last()
+    checkpoint.state["wte.weight"][ids[0]] = math.nan
+    from export import runs
+
+    class Poisoned(runs.Run):
+        def last(self):  # type: ignore[no-untyped-def]
+            return checkpoint, moments, state
+
+    with pytest.raises(TrainingError, match=r"finite loss.*nan at step"):
+        train(Poisoned(run.path, run.config), QUIET)
+    assert run_pointer(run.path) == before
+    assert all(t.isfinite().all() for t in load_checkpoint(run.path).state.values())
+
+
+def test_validation_that_no_longer_gains_ends_the_run(text_file: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    plan = make_plan(text_file, eval_every=1, patience=2, max_steps=50, warmup_steps=0)
+    frozen = replace(plan.train.optimizer, lr=0.0, matrix_lr=0.0)
+    run = create_run(tmp_path / "run", replace(plan, train=replace(plan.train, optimizer=frozen)))
+    result = train(run, QUIET)
+    assert (result.reason, result.steps) == ("patience", 3)
+
+
+def test_kill_9_at_any_moment_leaves_a_checkpoint_that_resumes(
+    text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    create_run(out, make_plan(text_file, eval_every=1, max_steps=100_000))
+    for delay in (0.05, 0.3, 0.7):
+        before = run_pointer(out)
+        steps = open_run(out).last()[2].step
+        process = start_training(out, subprocess.DEVNULL)
+        wait_until(lambda before=before: run_pointer(out) != before)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        checkpoint, _, state = open_run(out).last()
+        assert state.step > steps
+        assert all(tensor.isfinite().all() for tensor in checkpoint.state.values())
+    result = train(open_run(out).with_limits(state.step + 2, None), QUIET)
+    assert result.steps == state.step + 2
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    create_run(out, make_plan(text_file, eval_every=10_000, max_steps=100_000))
+    process = start_training(out)
+    wait_until(lambda: (out / "log.jsonl").exists())
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"gptrt-export train --resume --out {out}" in errors
+    assert open_run(out).last()[2].step > 0
+
+
+def start_training(out: Path, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    code = "import sys; from export.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "train", "--resume", "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=errors, text=True)
+
+
+def wait_until(holds) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "the process did not get there"
+        time.sleep(0.02)
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def test_ids_of_a_file_read_in_pieces_are_those_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = story(60) + "\n\n  “Curly” and naïve — 漢字!\r\n" + story(20)
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [text])
+    monkeypatch.setattr("export.data._PIECE", 97)
+    assert "".join(read_pieces(path)) == text
+    count, _ = tokenize([path], tokenizer, tmp_path / "ids.bin")
+    ids = open_ids(tmp_path / "ids.bin").tolist()
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert ids == [*tokenizer.encode(text).ids, end]
+    assert count == len(ids)
+
+
+def test_held_out_ids_are_not_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(story(50))
+    tokenizer = train_tokenizer(TokenizerConfig("char"), [story(50)])
+    count, held = tokenize([path], tokenizer, tmp_path / "ids.bin", held_out=0.1)
+    train_ids = open_ids(tmp_path / "ids.bin")
+    assert len(train_ids) == count
+    assert [*train_ids.tolist(), *held.tolist()] == tokenizer.encode(story(50)).ids
+    assert len(held) == len(story(50)) // 10
+
+
+def test_an_epoch_shows_every_window_once_and_the_next_in_another_order() -> None:
+    windows = Windows(np.arange(1000, dtype=np.uint32), 10, seed=1)
+    epochs = [windows.batch(step, windows.per_epoch) for step in (0, 1)]
+    for epoch in epochs:
+        starts = sorted(epoch[:, 0].tolist())
+        assert np.diff(starts).tolist() == [10] * (windows.per_epoch - 1)
+        assert (np.diff(epoch, axis=1) == 1).all()
+    assert epochs[0][:, 0].tolist() != epochs[1][:, 0].tolist()
+
+
+def test_gpt2_style_merges_and_vocabulary_make_a_tokenizer(tmp_path: Path) -> None:
+    from export.tokenization import from_gpt2_files
+
+    trained = train_tokenizer(TokenizerConfig("bpe", 320), [story()])
+    trained.model.save(str(tmp_path))  # vocab.json and merges.txt
+    rebuilt = from_gpt2_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    text = "The wise king – naïve, 7 birds!\n"
+    assert rebuilt.encode(text).ids == trained.encode(text).ids
+    assert rebuilt.decode(rebuilt.encode(text).ids) == text
+
+
+# --- wrong input --------------------------------------------------------------------------------
+
+
+def test_wrong_input_to_train_is_refused_and_writes_nothing(
+    text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"abc \xff\xfe def")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    base = ("train", "--out", out)
+    nano = ("--preset", "nano-char")
+    refusals = [
+        ((*base, *nano, "--data", tmp_path / "nothing"), "no file or folder"),
+        ((*base, "--preset", "huge", "--data", text_file), "nano-char"),
+        ((*base, "--data", text_file), "--preset"),
+        ((*base, *nano), "--data"),
+        ((*base, *nano, "--data", binary), "UTF-8"),
+        ((*base, *nano, "--data", empty), "text"),
+        ((*base, *nano, "--data", text_file, "--device", "cuda"), "CUDA")
+        if not torch.cuda.is_available()
+        else ((*base, *nano), "--data"),
+        ((*base, *nano, "--data", text_file, "--set", "dropout=7"), "dropout"),
+        ((*base, *nano, "--data", text_file, "--set", "speed=7"), "speed"),
+        ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
+        (("train", "--out", taken, *nano, "--data", text_file), "there already"),
+        (("train", "--resume", "--out", out), "nothing to resume"),
+    ]
+    for arguments, word in refusals:
+        assert_refused(run_cli(gptrt_export, *arguments), word)
+        assert not out.exists() or not any(out.iterdir()), arguments
+    assert (taken / "mine.txt").read_text() == "mine"
+
+
+def test_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("Once upon a time. ")
+    run = create_run(tmp_path / "run", make_plan(path))
+    with pytest.raises(DataError, match="more than 32 tokens"):
+        train(run, QUIET)
