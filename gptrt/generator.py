@@ -172,6 +172,7 @@ class Generator:
         sampler = Sampler(call.config, call.prompt, eos, room=call.room)
         deadline = time.monotonic() + (call.config.max_time or math.inf)
         *earlier, step = _passes(call.prompt)  # [1, new] each
+        following = np.empty((1, 1), np.int64)
         for ids in earlier:
             session.run(ids, cache)
         while len(call.ids) < call.room:
@@ -185,7 +186,8 @@ class Generator:
             if time.monotonic() >= deadline:
                 call.finish_reason = "time"
                 return
-            step = np.array([[token]], np.int64)
+            step = following
+            step[0, 0] = token
 
     def _call(
         self, prompt: Prompt, config: GenerationConfig | None, options: dict[str, Any]

@@ -121,7 +121,7 @@ def _softmax(logits: Logits) -> NDArray[np.float64]:
 def greedy(logits: Logits) -> int:
     """The most likely id, of equals the lowest. Raises FidelityError if there is none."""
     best = int(logits.argmax())  # a NaN, if there is one: argmax takes it for the largest
-    if not -math.inf < logits[best] < math.inf:
+    if not math.isfinite(logits[best]):
         raise FidelityError(
             "logits of which the largest is a finite number",
             found=str(logits[best]),

@@ -292,16 +292,16 @@ def import_onnxruntime() -> Any:
 
 def _check_cuda(ort: Any, layout: CacheLayout) -> None:
     """Raises DeviceError if CUDA cannot run the bundle; else loads its libraries."""
+    available = ort.get_available_providers()
+    if _PROVIDERS["cuda"] not in available:
+        raise DeviceError(
+            "an onnxruntime with the CUDA provider", found=", ".join(available), do=_CUDA_HELP
+        )
     if layout.dtype != "float16":  # its attention kernel has no other type, and would run on CPU
         raise DeviceError(
             "a bundle in float16 for CUDA",
             found=layout.dtype,
             do="export it with `gptrt-export convert --quantize fp16`, or use device='cpu'",
-        )
-    available = ort.get_available_providers()
-    if _PROVIDERS["cuda"] not in available:
-        raise DeviceError(
-            "an onnxruntime with the CUDA provider", found=", ".join(available), do=_CUDA_HELP
         )
     if hasattr(ort, "preload_dlls"):  # finds CUDA libraries that came as Python packages
         ort.preload_dlls()

@@ -31,7 +31,8 @@ class StreamDecoder(Protocol):
 class Tokenizer:
     """A `tokenizer.json`. `eos_token_ids` end a text; they are never part of it.
 
-    Nothing in it changes after it is made: threads may share one.
+    It never changes after it is made: threads may share one. `token_bytes(id)` gives the bytes
+    that a byte-level token stands for.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, eos_token_ids: Iterable[int] = ()) -> None:
@@ -41,6 +42,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(eos_token_ids)
         added = inner.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
+        self.token_bytes = cache(self._spelled)  # a stream asks for the same few again and again
 
     @classmethod
     def open(cls, bundle: Bundle) -> Tokenizer:
@@ -85,7 +87,7 @@ class Tokenizer:
 
         return _ByteStream(self) if isinstance(self._inner.decoder, ByteLevel) else _Window(self)
 
-    def token_bytes(self, token: int) -> bytes:
+    def _spelled(self, token: int) -> bytes:
         """The bytes that a byte-level token stands for; none for a special or unknown one."""
         name = None if token in self._special else self._inner.id_to_token(token)
         if name is None:
