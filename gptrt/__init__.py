@@ -75,6 +75,7 @@ __all__ = [
     "Session",
     "TargetError",
     "TrainingError",
+    "__version__",
     "open_bundle",
     "perplexity",
 ]
@@ -87,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return list(__all__)

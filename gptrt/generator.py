@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import operator
 import os
 import time
@@ -37,7 +36,9 @@ class Runner(Protocol):
     @property
     def manifest(self) -> Manifest: ...
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache: ...
-    def run(self, ids: Ids, cache: KVCache, *, keep: int = 1) -> Logits: ...
+    def run(
+        self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1
+    ) -> Logits: ...
 
 
 @dataclass(frozen=True)
@@ -167,27 +168,25 @@ class Generator:
 
     def _tokens(self, call: _Call) -> abc.Generator[int, None, None]:
         """The loop: run, sample, stop, yield."""
-        session, eos = self.session, self.tokenizer.eos_token_ids
-        cache = session.new_cache(len(call.prompt) + call.room)
-        sampler = Sampler(call.config, call.prompt, eos, room=call.room)
-        deadline = time.monotonic() + (call.config.max_time or math.inf)
+        session, eos, ids, room = self.session, self.tokenizer.eos_token_ids, call.ids, call.room
+        cache = session.new_cache(len(call.prompt) + room)
+        sampler = Sampler(call.config, call.prompt, eos, room=room)
+        deadline = time.monotonic() + call.config.max_time if call.config.max_time else None
         *earlier, step = _passes(call.prompt)  # [1, new] each
-        following = np.empty((1, 1), np.int64)
-        for ids in earlier:
-            session.run(ids, cache)
-        while len(call.ids) < call.room:
+        for part in earlier:
+            session.run(part, cache)
+        while len(ids) < room:
             logits = session.run(step, cache)  # [1, 1, vocab]
             token = sampler.next(logits[0, 0])
             if token in eos:
                 call.finish_reason = "stop"
                 return
-            call.ids.append(token)
+            ids.append(token)
             yield token
-            if time.monotonic() >= deadline:
+            if deadline is not None and time.monotonic() >= deadline:
                 call.finish_reason = "time"
                 return
-            step = following
-            step[0, 0] = token
+            step = [[token]]
 
     def _call(
         self, prompt: Prompt, config: GenerationConfig | None, options: dict[str, Any]
@@ -214,10 +213,10 @@ class Generator:
             ) from e
 
 
-def _passes(prompt: Sequence[int]) -> Iterator[Ids]:
+def _passes(prompt: list[int]) -> Iterator[list[list[int]]]:
     """The prompt as [1, new], in pieces of a bounded length."""
     for start in range(0, len(prompt), _LONGEST_PASS):
-        yield np.array([prompt[start : start + _LONGEST_PASS]], np.int64)
+        yield [prompt[start : start + _LONGEST_PASS]]
 
 
 def _check_prompt(ids: Sequence[int], model: ModelConfig) -> None:

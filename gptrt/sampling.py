@@ -121,7 +121,7 @@ def _softmax(logits: Logits) -> NDArray[np.float64]:
 def greedy(logits: Logits) -> int:
     """The most likely id, of equals the lowest. Raises FidelityError if there is none."""
     best = int(logits.argmax())  # a NaN, if there is one: argmax takes it for the largest
-    if not math.isfinite(logits[best]):
+    if not math.isfinite(logits.item(best)):
         raise FidelityError(
             "logits of which the largest is a finite number",
             found=str(logits[best]),
@@ -176,12 +176,15 @@ class Sampler:
         self._min_new_tokens, self._eos = config.min_new_tokens, eos_token_ids
         self._processors = _processors(config)
         self._warpers = _warpers(config) if config.samples else []
+        self._plain = not (self._processors or self._min_new_tokens or self._draws)
         self._ids = np.zeros(len(prompt) + room, np.int64)
         self._ids[: len(prompt)] = prompt
         self._prompt_length, self._step = len(prompt), 0
 
     def next(self, logits: Logits) -> int:
         """The next id after all that were chosen, from its logits [vocab]."""
+        if self._plain:
+            return greedy(logits)
         length = self._prompt_length + self._step
         for process in self._processors:
             logits = process(logits, self._ids[:length])

@@ -69,14 +69,14 @@ class Session:
             )
         return KVCache(batch, capacity, _Buffers(self, capacity, batch))
 
-    def run(self, ids: Ids, cache: KVCache, *, keep: int = 1) -> Logits:
+    def run(self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1) -> Logits:
         """Read ids [batch, new] after what `cache` holds: logits float32 [batch, kept, vocab].
 
         `keep` asks for the last so many positions, 0 for all. The array is valid until the next
         run with this cache. Prefill and decode are the same call. Rows are equally long; a batch
         above 1 takes many ids at once only while its cache is empty. Raises PromptError.
         """
-        batch, new = ids.shape
+        batch, new = len(ids), len(ids[0])
         total = cache.length + new
         if total > cache.capacity or batch != cache.batch or new == 0:
             raise PromptError(
@@ -90,10 +90,10 @@ class Session:
             )
         buffers: _Buffers = cache.buffers
         if new == 1:
-            step = buffers.single
+            step: _Pass = buffers.single
         else:
             kept = min(keep or new, new)
-            step = _Step(self, buffers, (batch, new), length=total, keep=kept)
+            step = _Pass(self, buffers, (batch, new), length=total, keep=kept)
         step.load(ids, cache.length)
         began = time.perf_counter()
         self._session.run_with_iobinding(step.binding)
@@ -160,11 +160,10 @@ class _Buffers:
         layout = session.manifest.cache
         shape = (batch, layout.kv_heads, capacity, layout.head_dim)
         self.values = [(*names, session.cache_value(shape)) for names in _cache_names(layout)]
-        # Its mask has room for every length, so that nothing has to be bound again.
-        self.single = _Step(session, self, (batch, 1), length=capacity, keep=1)
+        self.single = _SingleStep(session, self, batch, capacity)
 
 
-class _Step:
+class _Pass:
     """The bound memory of a run over ids [batch, new] with a mask [batch, length]."""
 
     def __init__(
@@ -184,13 +183,14 @@ class _Step:
         self.binding.bind_output(LOGITS, "cpu", 0, np.float32, self.logits.shape, pointer)
         self._bind_inputs()
 
-    def load(self, ids: Ids, start: int) -> None:
+    def load(self, ids: Ids | Sequence[Sequence[int]], start: int) -> None:
         """Take ids [batch, new] for the positions from `start` on."""
-        end = start + self._new
         self._ids[...] = ids
-        self._positions[...] = start if self._new == 1 else np.arange(start, end)
-        self._mask[:, :end] = 1
-        self._mask[:, end:] = 0
+        self._positions[...] = np.arange(start, start + self._new)
+        self._mask[:, : start + self._new] = 1
+        self._bind_again()
+
+    def _bind_again(self) -> None:
         if not self._shares_memory:  # binding copied the values of then to the device
             self._bind_inputs()
 
@@ -203,6 +203,33 @@ class _Step:
         ):
             pointer = array.ctypes.data
             self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, pointer)
+
+
+class _SingleStep(_Pass):
+    """One token a row, again and again: bound once, three numbers a row rewritten.
+
+    A step of a large model has just streamed all its weights through the caches, so whatever runs
+    here runs cold: writing through memoryviews takes a tenth of what array assignment does.
+    The mask has its full length from the start; the graph counts the ones in it.
+    """
+
+    def __init__(self, session: Session, buffers: _Buffers, batch: int, capacity: int) -> None:
+        super().__init__(session, buffers, (batch, 1), length=capacity, keep=1)
+        self._capacity = capacity
+        self._filled = 0  # ones in a row of the mask
+        arrays = (self._ids, self._positions, self._mask)
+        self._id_at, self._position_at, self._mask_at = (a.reshape(-1).data for a in arrays)
+
+    def load(self, ids: Ids | Sequence[Sequence[int]], start: int) -> None:
+        if self._filled != start:  # after a longer pass, or after going back
+            self._mask[:, :start] = 1
+            self._mask[:, start:] = 0
+        for row, (token,) in enumerate(ids):
+            self._id_at[row] = token
+            self._position_at[row] = start
+            self._mask_at[row * self._capacity + start] = 1
+        self._filled = start + 1
+        self._bind_again()
 
 
 def _cache_names(layout: CacheLayout) -> list[tuple[str, str]]:

@@ -30,14 +30,16 @@ class FakeSession:
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         return KVCache(batch, capacity, buffers=[])
 
-    def run(self, ids: NDArray[np.int64], cache: KVCache, *, keep: int = 1) -> NDArray[np.float32]:
+    def run(
+        self, ids: Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1
+    ) -> NDArray[np.float32]:
         seen: list[int] = cache.buffers
         del seen[cache.length :]
-        seen.extend(ids[0].tolist())
+        seen.extend(int(token) for token in ids[0])
         cache.length = len(seen)
         assert cache.length <= cache.capacity, "the cache is too small for the request"
-        self.passes.append(ids.shape[1])
-        kept = range(cache.length - (keep or ids.shape[1]), cache.length)
+        self.passes.append(len(ids[0]))
+        kept = range(cache.length - (keep or len(ids[0])), cache.length)
         return np.stack([self.predict(seen[: i + 1]) for i in kept])[None]
 
 
