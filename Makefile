@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check tales clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf demo && mkdir demo
@@ -34,6 +34,15 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,dev]'
 	touch $@
+
+# Train the embedded default again: BOOKS is a folder of plain-text books with a `valid.list`.
+tales: $(VENV)/demo.stamp
+	$(BIN)/python models/tales_corpus.py $(BOOKS) runs/corpus
+	$(BIN)/gptrt-export train --preset tales --data runs/corpus/train --valid runs/corpus/valid --out runs/tales
+	$(BIN)/gptrt-export convert runs/tales --out models/tales --quantize int8 --force $(TALES_NOTES)
+
+TALES_NOTES := --note "licence=Apache-2.0; the books are in the public domain in the United States" \
+	--note "trained again with=make tales BOOKS=FOLDER"
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

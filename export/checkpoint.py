@@ -28,6 +28,7 @@ from gptrt.format import CONFIG_FILE, TOKENIZER_FILE, ModelConfig, read_json
 
 from .families import family_for, family_named
 from .model import GPT
+from .tokenization import END_OF_TEXT, load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -100,14 +101,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizer.json`. Raises CheckpointError."""
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as e:  # the library raises plain Exception
-        raise CheckpointError(f"a tokenizer in {path}", found=str(e), do="restore it") from e
-
-
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in _weight_files(folder):
         try:
@@ -172,8 +165,6 @@ def save_checkpoint(
 
 
 def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    from .tokenization import END_OF_TEXT
-
     end = tokenizer.token_to_id(END_OF_TEXT) if tokenizer else None
     return {"bos_token_id": end, "eos_token_id": end}
 

@@ -29,6 +29,7 @@ def main() -> None:
 @click.option("--valid", multiple=True, type=_path, help="Validation text; else a share of --data.")
 @click.option("--out", required=True, type=_path, help="The run folder.")
 @click.option("--from", "start", type=_path, help="Fine-tune this checkpoint or bundle.")
+@click.option("--tokenizer", type=_path, help="tokenizer.json, or a folder with GPT-2's files.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--max-steps", type=click.IntRange(min=0))
@@ -40,6 +41,7 @@ def train(
     valid: tuple[Path, ...],
     out: Path,
     start: Path | None,
+    tokenizer: Path | None,
     resume: bool,
     device: str,
     max_steps: int | None,
@@ -58,8 +60,10 @@ def train(
     if resume:
         run = open_run(out)
     else:
-        plan = plan_run(preset, start, list(data), list(valid), device, _pairs(settings))
-        run = create_run(out, plan)
+        texts, held_out, changes = list(data), list(valid), _pairs("--set", settings)
+        plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer)
+        with ProgressBar("preparing") as bar:
+            run = create_run(out, plan, bar.update)
     run = run.with_limits(max_steps, max_time)
     with _interruptible() as interrupted, ProgressBar("training") as bar:
         result = run_training(run, bar, interrupted)
@@ -74,11 +78,11 @@ def train(
     )
 
 
-def _pairs(settings: tuple[str, ...]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
-            raise OptionError("--set KEY=VALUE", found=setting, do="add the value")
-    return dict(setting.split("=", 1) for setting in settings)
+def _pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
+    for word in words:
+        if "=" not in word:
+            raise OptionError(f"{option} KEY=VALUE", found=word, do="add the value")
+    return dict(word.split("=", 1) for word in words)
 
 
 def _resume_line(out: Path) -> str:
@@ -123,8 +127,13 @@ def presets() -> None:
 @click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
 @click.option("--allow-loss", is_flag=True, help="Write the bundle even if fidelity fails.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--note", "notes", multiple=True, metavar="KEY=TEXT", help="For the card: licence=..."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def convert(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
+def convert(
+    checkpoint: Path, out: Path, notes: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
     """Convert a checkpoint into a bundle that `gptrt` runs: int4 by default.
 
     gptrt-export convert runs/nano --out bundles/nano --quantize int8
@@ -132,6 +141,7 @@ def convert(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     from . import pipeline
 
     given = {name: value for name, value in options.items() if value is not None}
+    given["notes"] = _pairs("--note", notes)
     manifest = pipeline.convert(checkpoint, out, pipeline.ConvertOptions(**given), _say)
     _report(pipeline.summary(out, manifest, manifest.fidelity), as_json)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,15 @@ Ids = NDArray[np.int64]
 TRAIN_IDS, VALID_IDS = "train.bin", "valid.bin"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 _PIECE = 1 << 20  # characters read at a time
+
+Progress = Callable[[float, str], None]  # share of the work done, what it is
+
+
+def silent(share: float, note: str) -> None:
+    """Progress that nobody looks at."""
+    del share, note
+
+
 _DTYPE = np.dtype("<u4")  # one width for every vocabulary: simple, and the disk is patient
 
 
@@ -79,8 +88,23 @@ def _last_word_gap(text: str) -> int:
     return 0
 
 
+def read_all(paths: Sequence[Path], progress: Progress, note: str) -> Iterator[str]:
+    """The pieces of all files, one after another."""
+    total, done = max(1, sum(path.stat().st_size for path in paths)), 0
+    for path in paths:
+        for piece in read_pieces(path):
+            yield piece
+            done += len(piece)  # characters for bytes: near enough for a bar
+            progress(min(1.0, done / total), note)
+
+
 def tokenize(
-    paths: Iterable[Path], tokenizer: Tokenizer, target: Path, *, held_out: float = 0.0
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    target: Path,
+    *,
+    held_out: float = 0.0,
+    progress: Progress = silent,
 ) -> tuple[int, Ids]:
     """Write the ids of all files to `target`, each file closed by the end-of-text token.
 
@@ -91,8 +115,9 @@ def tokenize(
     partial = target.with_name(target.name + ".partial")
     held: list[NDArray[np.uint32]] = []
     with partial.open("w+b") as out:
-        for path in paths:
+        for number, path in enumerate(paths):
             start = out.tell()
+            progress(number / len(paths), f"tokenizing {path.name}")
             for piece in read_pieces(path):
                 np.asarray(_encode(tokenizer, piece, path), _DTYPE).tofile(out)
             if end is not None:

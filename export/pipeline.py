@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ from .runs import DATA_FOLDER
 from .verify import DEFAULT_TOKENS, golden_prompts, measure
 
 # Perplexity ratios above which a conversion fails. Plain rounding to 4 bits costs a few percent.
-LIMITS = {"none": 1.001, "fp16": 1.002, "int8": 1.005, "int4": 1.10}
+LIMITS = {"none": 1.001, "fp16": 1.002, "int8": 1.005, "int4": 1.05}
 _SAMPLE_PROMPTS = ("Once upon a time", "The king said", "In the morning")
 _INLINE_LIMIT = 1 << 30  # protobuf stops at 2 GiB
 
@@ -66,6 +66,7 @@ class ConvertOptions:
     max_perplexity_ratio: float | None = None
     allow_loss: bool = False
     force: bool = False
+    notes: dict[str, str] = field(default_factory=dict)  # for the lineage: a licence, for example
 
     @property
     def recipe(self) -> Recipe | None:
@@ -94,6 +95,7 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _sile
         save_graph(graph, folder)
         assert checkpoint.tokenizer is not None
         write_companions(folder, checkpoint.config, checkpoint.tokenizer)
+        checkpoint = replace(checkpoint, lineage=checkpoint.lineage | options.notes)
         draft = _manifest(out.name, checkpoint, quantization, folder)
         write_json(folder / MANIFEST_FILE, asdict(draft))
         step("verifying against PyTorch")

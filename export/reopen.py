@@ -17,10 +17,11 @@ import torch
 from gptrt.errors import CheckpointError
 from gptrt.format import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 
-from .checkpoint import Checkpoint, load_checkpoint, load_tokenizer
+from .checkpoint import Checkpoint, load_checkpoint
 from .graph import PARAMETER_PREFIX
 from .model import GPT
 from .quantize import PACKED_SUFFIX, BlockFormat, BlockMatrix, products
+from .tokenization import load_tokenizer
 
 
 def load_checkpoint_or_bundle(path: Path) -> Checkpoint:

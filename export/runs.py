@@ -11,13 +11,12 @@ RUN/loss.png           the curves
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,6 +126,7 @@ class Run:
         state: State,
         *,
         best: bool,
+        valid_loss: float | None = None,
     ) -> None:
         """Add a checkpoint, point at it, and only then remove those that nothing points at."""
         name = f"step-{state.step:08d}"
@@ -135,6 +135,8 @@ class Run:
             "training_seconds": f"{state.elapsed_s:.0f}",
             "tokens_seen": str(state.step * tokens_per_step(self.config.train)),
         }
+        if valid_loss is not None:
+            lineage["validation_perplexity"] = f"{math.exp(valid_loss):.2f}"
         checkpoint = Checkpoint(self.config.model, weights, tokenizer, lineage)
         extra: dict[str, Any] = {STATE_FILE: asdict(state)}
         if moments:
@@ -176,18 +178,22 @@ def open_run(path: Path) -> Run:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a new run is to be. `start` is a checkpoint to fine-tune, whose tokenizer is kept, or a
-    shape to train from scratch. Without `held_out` texts, a tenth of every text is held out."""
+    """What a new run is to be.
+
+    `start` is a checkpoint to fine-tune, whose tokenizer is kept, or a shape to train from scratch,
+    with a tokenizer that is there or is to be learned. Without `held_out` texts, a tenth of every
+    text is held out.
+    """
 
     train: TrainConfig
     start: Checkpoint | ModelConfig
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig | Tokenizer
     texts: list[Path]
     held_out: list[Path]
     device: Literal["cpu", "cuda"]
 
 
-def create_run(path: Path, plan: RunPlan) -> Run:
+def create_run(path: Path, plan: RunPlan, progress: data.Progress = data.silent) -> Run:
     """Prepare data, tokenizer and the first checkpoint of a run at `path`.
 
     Raises TargetError if something else is there already.
@@ -199,11 +205,11 @@ def create_run(path: Path, plan: RunPlan) -> Run:
             do="choose another --out, or go on with --resume",
         )
     base = plan.start if isinstance(plan.start, Checkpoint) else None
-    tokenizer = base.tokenizer if base else train_tokenizer(plan.tokenizer, _pieces(plan.texts))
+    tokenizer = base.tokenizer if base else _tokenizer(plan, progress)
     if tokenizer is None:
         raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
     (path / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
-    counts = _write_data(path / DATA_FOLDER, tokenizer, plan)
+    counts = _write_data(path / DATA_FOLDER, tokenizer, plan, progress)
     if isinstance(plan.start, Checkpoint):
         model, weights = plan.start.config, plan.start.state
     else:
@@ -216,17 +222,24 @@ def create_run(path: Path, plan: RunPlan) -> Run:
     return run
 
 
-def _pieces(texts: Iterable[Path]) -> Iterable[str]:
-    return chain.from_iterable(data.read_pieces(path) for path in texts)
+def _tokenizer(plan: RunPlan, progress: data.Progress) -> Tokenizer:
+    if isinstance(plan.tokenizer, Tokenizer):
+        return plan.tokenizer
+    pieces = data.read_all(plan.texts, progress, "learning a tokenizer")
+    return train_tokenizer(plan.tokenizer, pieces)
 
 
-def _write_data(folder: Path, tokenizer: Tokenizer, plan: RunPlan) -> tuple[int, int]:
+def _write_data(
+    folder: Path, tokenizer: Tokenizer, plan: RunPlan, progress: data.Progress
+) -> tuple[int, int]:
     """Token counts (train, valid); named validation files win over a share held out."""
     train, valid = folder / data.TRAIN_IDS, folder / data.VALID_IDS
     if plan.held_out:
-        trained, _ = data.tokenize(plan.texts, tokenizer, train)
-        return trained, data.tokenize(plan.held_out, tokenizer, valid)[0]
-    trained, tail = data.tokenize(plan.texts, tokenizer, train, held_out=_HELD_OUT)
+        trained, _ = data.tokenize(plan.texts, tokenizer, train, progress=progress)
+        return trained, data.tokenize(plan.held_out, tokenizer, valid, progress=progress)[0]
+    trained, tail = data.tokenize(
+        plan.texts, tokenizer, train, held_out=_HELD_OUT, progress=progress
+    )
     data.save_ids(tail, valid)
     return trained, len(tail)
 

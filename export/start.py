@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 
 from gptrt.errors import DeviceError, OptionError
 from gptrt.format import ModelConfig, decode
 
 from .data import find_texts
 from .optimizer import OptimizerConfig
-from .presets import load_preset, preset_names
+from .presets import Preset, load_preset, preset_names
 from .reopen import load_checkpoint_or_bundle
 from .runs import RunPlan, TrainConfig
-from .tokenization import TokenizerConfig
+from .tokenization import TokenizerConfig, open_tokenizer
 
 _FINE_TUNING_CONTEXT = 256
 
@@ -29,6 +30,7 @@ def plan_run(
     held_out: list[Path],
     device: str,
     settings: dict[str, str],
+    tokenizer: Path | None = None,
 ) -> RunPlan:
     """Raises a GptrtError for a preset, checkpoint, text, device or setting that is not there."""
     if preset is None and checkpoint is None:
@@ -37,6 +39,10 @@ def plan_run(
     if not texts:
         raise OptionError("--data FILES to train on", found="none", do="give text files or folders")
     chosen = load_preset(preset) if preset else None
+    if checkpoint and tokenizer:
+        raise OptionError(
+            "--tokenizer for a model from scratch", found="--from as well", do="leave one out"
+        )
     start = load_checkpoint_or_bundle(checkpoint) if checkpoint else None
     model = start.config if start else chosen.model if chosen else None
     assert model is not None
@@ -44,11 +50,17 @@ def plan_run(
     return RunPlan(
         train=with_settings(train, settings),
         start=start or model,
-        tokenizer=chosen.tokenizer if chosen else TokenizerConfig("bpe"),
+        tokenizer=_tokenizer(tokenizer, chosen),
         texts=find_texts(texts),
         held_out=find_texts(held_out) if held_out else [],
         device=choose_device(device),
     )
+
+
+def _tokenizer(path: Path | None, preset: Preset | None) -> TokenizerConfig | Tokenizer:
+    if path is not None:
+        return open_tokenizer(path)
+    return preset.tokenizer if preset else TokenizerConfig("bpe")
 
 
 def fine_tuning(model: ModelConfig) -> TrainConfig:

@@ -20,6 +20,7 @@ from tokenizers import (
 )
 
 from gptrt.errors import CheckpointError, DataError
+from gptrt.format import TOKENIZER_FILE
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -72,6 +73,35 @@ def _train_characters(config: TokenizerConfig, texts: Iterable[str]) -> Tokenize
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
+
+
+_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizer.json`, or a folder that holds one or GPT-2's own two files.
+
+    Raises CheckpointError if there is none.
+    """
+    if path.is_file():
+        return load_tokenizer(path)
+    if (path / TOKENIZER_FILE).is_file():
+        return load_tokenizer(path / TOKENIZER_FILE)
+    for vocabulary, merges in _GPT2_FILES:
+        if (path / vocabulary).is_file() and (path / merges).is_file():
+            return from_gpt2_files(path / vocabulary, path / merges)
+    pairs = " or ".join(" and ".join(pair) for pair in _GPT2_FILES)
+    raise CheckpointError(
+        f"{TOKENIZER_FILE}, or {pairs}, in {path}", found="none of them", do="check --tokenizer"
+    )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A `tokenizer.json`. Raises CheckpointError."""
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as e:  # the library raises plain Exception
+        raise CheckpointError(f"a tokenizer in {path}", found=str(e), do="restore it") from e
 
 
 def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:

@@ -190,7 +190,14 @@ class Trainer:
         assert self.tokenizer is not None
         moments = self.optimizer.state()
         weights = self.model.state_dict()
-        self.run.save(weights, moments, self.tokenizer, self.state, best=gained and counts)
+        self.run.save(
+            weights,
+            moments,
+            self.tokenizer,
+            self.state,
+            best=gained and counts,
+            valid_loss=valid_loss,
+        )
 
     def _loss(self, ids: Tensor) -> Tensor:
         ids = ids.to(self.device, non_blocking=True)  # [batch, seq + 1]

@@ -31,7 +31,8 @@ class OneLineErrors(click.Group):
         except click.ClickException as e:
             message, status = f"{e.format_message().rstrip('.')}; see `{self.name} --help`", 2
         except OSError as e:
-            message, status = f"wanted to read or write {e.filename}; found {e.strerror}", 2
+            place = e.filename or "standard output"
+            message, status = f"wanted to read or write {place}; found {e.strerror}", 2
             message += "; check that it is there, that it may be used, and that the disk has room"
         except (click.Abort, KeyboardInterrupt):
             sys.exit(INTERRUPTED)

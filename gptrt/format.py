@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -249,7 +250,7 @@ def _decode(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         if not isinstance(value, dict):
             return _fault(faults, where, "an object", value)
         return {k: _decode(args[1], v, f"{where}[{k!r}]", faults) for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         return _fault(faults, where, kind.__name__, value)

@@ -214,7 +214,7 @@ def _eos_token_id(path: Path) -> Any:
 
 def _checked(token: Any, bundle: Bundle, name: str) -> int:
     vocab_size = bundle.manifest.model.vocab_size
-    if not isinstance(token, int) or not 0 <= token < vocab_size:
+    if type(token) is not int or not 0 <= token < vocab_size:
         raise BundleError(
             f"eos_token_id in {bundle.file(name)} from 0 to {vocab_size - 1}",
             found=repr(token),

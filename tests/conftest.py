@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch and onnxruntime are imported, here and in the processes that tests start: models this
+# small are slower on two threads than on one, and a host must turn telemetry off itself.
+os.environ |= {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
+
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -185,11 +185,11 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order() -> Non
 
 
 def test_gpt2_style_merges_and_vocabulary_make_a_tokenizer(tmp_path: Path) -> None:
-    from export.tokenization import from_gpt2_files
+    from export.tokenization import open_tokenizer
 
     trained = train_tokenizer(TokenizerConfig("bpe", 320), [story()])
     trained.model.save(str(tmp_path))  # vocab.json and merges.txt
-    rebuilt = from_gpt2_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    rebuilt = open_tokenizer(tmp_path)
     text = "The wise king – naïve, 7 birds!\n"
     assert rebuilt.encode(text).ids == trained.encode(text).ids
     assert rebuilt.decode(rebuilt.encode(text).ids) == text
@@ -224,6 +224,7 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         ((*base, *nano, "--data", text_file, "--set", "dropout=7"), "dropout"),
         ((*base, *nano, "--data", text_file, "--set", "speed=7"), "speed"),
         ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
+        ((*base, *nano, "--data", text_file, "--tokenizer", tmp_path), "tokenizer.json"),
         (("train", "--out", taken, *nano, "--data", text_file), "there already"),
         (("train", "--resume", "--out", out), "nothing to resume"),
     ]
