@@ -28,7 +28,7 @@ from gptrt.format import CONFIG_FILE, TOKENIZER_FILE, ModelConfig, read_json
 
 from .families import family_for, family_named
 from .model import GPT
-from .tokenization import END_OF_TEXT, load_tokenizer
+from .tokenization import END_OF_TEXT, load_tokenizer, save_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -157,8 +157,7 @@ def save_checkpoint(
         write_json(temporary / CONFIG_FILE, config | _special_tokens(checkpoint.tokenizer))
         write_json(temporary / LINEAGE_FILE, checkpoint.lineage)
         if checkpoint.tokenizer is not None:
-            text = checkpoint.tokenizer.to_str()
-            (temporary / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+            save_tokenizer(checkpoint.tokenizer, temporary, checkpoint.config.n_positions)
         for name, content in (extra or {}).items():
             write = save_tensors if name.endswith(".safetensors") else _write_json_to
             write(content, temporary / name)

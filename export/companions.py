@@ -16,23 +16,22 @@ from gptrt.format import (
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
-    TOKENIZER_FILE,
     ModelConfig,
 )
 
 from .checkpoint import write_json
 from .families import family_for
-from .tokenization import END_OF_TEXT
+from .tokenization import END_OF_TEXT, save_tokenizer
 
 
 def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """config.json, generation_config.json, tokenizer.json and genai_config.json."""
+    """The configurations of model, generation, tokenizer and onnxruntime-genai."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     special = {"bos_token_id": end, "eos_token_id": end}
     write_json(folder / CONFIG_FILE, family_for(config).to_json(config) | special)
     write_json(folder / GENERATION_CONFIG_FILE, special)
     write_json(folder / GENAI_CONFIG_FILE, genai_config(config, end))
-    (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
+    save_tokenizer(tokenizer, folder, config.n_positions)
 
 
 def genai_config(config: ModelConfig, end: int | None) -> dict[str, Any]:

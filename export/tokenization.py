@@ -20,7 +20,7 @@ from tokenizers import (
 )
 
 from gptrt.errors import CheckpointError, DataError
-from gptrt.format import TOKENIZER_FILE
+from gptrt.format import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -94,6 +94,20 @@ def open_tokenizer(path: Path) -> Tokenizer:
     raise CheckpointError(
         f"{TOKENIZER_FILE}, or {pairs}, in {path}", found="none of them", do="check --tokenizer"
     )
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """`tokenizer.json`, and the few words that transformers and onnxruntime-genai want beside it."""
+    end = END_OF_TEXT if tokenizer.token_to_id(END_OF_TEXT) is not None else None
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # which takes tokenizer.json as it is
+        "bos_token": end,
+        "eos_token": end,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
+    (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -33,6 +33,7 @@ GRAPH_DATA_FILE = "model.onnx.data"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 GENAI_CONFIG_FILE = "genai_config.json"
 CARD_FILE = "README.md"
 

@@ -224,7 +224,9 @@ def test_perplexity_is_the_one_computed_by_hand_from_logits(bundle: Path, tmp_pa
     ids = Tokenizer.open(open_bundle(bundle)).encode(file.read_text())
     count = len(ids)
     assert count > 130  # so that there are three windows at least
-    side_by_side = [(i, i + 1, min(i + 65, count)) for i in range(0, count - 1, 64)]
+    # Windows of 64 inputs side by side; the last one reaches back, so that it is full as well.
+    side_by_side = [(i, i + 1, i + 65) for i in range(0, count - 65, 64)]
+    side_by_side.append((count - 65, side_by_side[-1][2], count))
     one_by_one = [(max(0, i - 64), i, i + 1) for i in range(1, count)]
     for options, windows in (((), side_by_side), (("--stride", 1), one_by_one)):
         found = printed_json("perplexity", bundle, file, *options)
