@@ -97,7 +97,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """`tokenizer.json`, and the few words that transformers and onnxruntime-genai want beside it."""
+    """`tokenizer.json`, and what transformers and onnxruntime-genai want to know beside it."""
     end = END_OF_TEXT if tokenizer.token_to_id(END_OF_TEXT) is not None else None
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # which takes tokenizer.json as it is
