@@ -197,7 +197,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         ) from e
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
         if target.exists():  # only where the caller has agreed to replace it

@@ -35,6 +35,7 @@ from .checkpoint import (
     run_pointer,
     save_checkpoint,
     write_json,
+    written_whole,
 )
 from .model import GPT
 from .optimizer import OptimizerConfig
@@ -194,7 +195,7 @@ class RunPlan:
 
 
 def create_run(path: Path, plan: RunPlan, progress: data.Progress = data.silent) -> Run:
-    """Prepare data, tokenizer and the first checkpoint of a run at `path`.
+    """Prepare data, tokenizer and the first checkpoint of a run at `path`, all of it or nothing.
 
     Raises TargetError if something else is there already.
     """
@@ -204,22 +205,27 @@ def create_run(path: Path, plan: RunPlan, progress: data.Progress = data.silent)
             found="something there already",
             do="choose another --out, or go on with --resume",
         )
+    with written_whole(path) as folder:
+        _fill(folder, plan, progress)
+    return open_run(path)
+
+
+def _fill(folder: Path, plan: RunPlan, progress: data.Progress) -> None:
     base = plan.start if isinstance(plan.start, Checkpoint) else None
     tokenizer = base.tokenizer if base else _tokenizer(plan, progress)
     if tokenizer is None:
         raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
-    (path / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
-    counts = _write_data(path / DATA_FOLDER, tokenizer, plan, progress)
+    (folder / DATA_FOLDER).mkdir()
+    counts = _write_data(folder / DATA_FOLDER, tokenizer, plan, progress)
     if isinstance(plan.start, Checkpoint):
         model, weights = plan.start.config, plan.start.state
     else:
         model = replace(plan.start, vocab_size=tokenizer.get_vocab_size())
         torch.manual_seed(plan.train.seed)
         weights = GPT(model).state_dict()
-    run = Run(path, RunConfig(model, plan.train, plan.device, _lineage(base, plan, counts)))
-    write_json(path / RUN_FILE, asdict(run.config))
+    run = Run(folder, RunConfig(model, plan.train, plan.device, _lineage(base, plan, counts)))
+    write_json(folder / RUN_FILE, asdict(run.config))
     run.save(weights, {}, tokenizer, State(), best=True)
-    return run
 
 
 def _tokenizer(plan: RunPlan, progress: data.Progress) -> Tokenizer:

@@ -363,7 +363,7 @@ def test_text_that_is_not_utf_8_is_refused(bundle: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("prompt", [b"d\xe9j\xe0 vu", b"\xff"])
 def test_a_prompt_that_is_not_utf_8_is_refused(bundle: Path, prompt: bytes) -> None:
-    command = [os.fsencode(word) for word in (*GPTRT, "generate", bundle)]
+    command = [os.fsencode(word) for word in (*GPTRT, "generate", str(bundle))]
     done = subprocess.run([*command, prompt], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -395,6 +395,6 @@ def test_cuda_where_there_is_none_is_refused_with_what_to_install(
 ) -> None:
     if "CUDAExecutionProvider" in import_onnxruntime().get_available_providers():
         pytest.skip("onnxruntime has CUDA here")
-    rest = {"generate": [PROMPT], "perplexity": [text_file]}.get(command, [])
+    rest = {"generate": [PROMPT], "perplexity": [str(text_file)]}.get(command, [])
     result = run_cli(gptrt, command, bundle, *rest, "--device", "cuda")
     assert_refused(result, "CUDA provider", "pip install 'gptrt[cuda]'")

@@ -230,7 +230,8 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
     ]
     for arguments, word in refusals:
         assert_refused(run_cli(gptrt_export, *arguments), word)
-        assert not out.exists() or not any(out.iterdir()), arguments
+        assert not out.exists(), arguments
+        assert not list(tmp_path.glob(".*")), arguments
     assert (taken / "mine.txt").read_text() == "mine"
 
 
