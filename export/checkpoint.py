@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptrt.errors import CheckpointError, TargetError
-from gptrt.format import CONFIG_FILE, TOKENIZER_FILE, ModelConfig, read_json
+from gptrt.format import CONFIG_FILE, TOKENIZER_FILE, ModelConfig
+from gptrt.schema import read_json
 
 from .families import family_for, family_named
 from .model import GPT

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gptrt.errors import CheckpointError
-from gptrt.format import ModelConfig, decode
+from gptrt.format import ModelConfig
+from gptrt.schema import decode
 
 State = dict[str, Tensor]
 Json = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gptrt.format import bounded
+from gptrt.schema import bounded
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gptrt.errors import CheckpointError
-from gptrt.format import ModelConfig, decode, read_json
+from gptrt.format import ModelConfig
+from gptrt.schema import decode, read_json
 
 from .runs import TrainConfig
 from .tokenization import TokenizerConfig

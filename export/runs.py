@@ -24,7 +24,8 @@ import torch
 from tokenizers import Tokenizer
 
 from gptrt.errors import CheckpointError, TargetError
-from gptrt.format import ModelConfig, bounded, decode, read_json
+from gptrt.format import ModelConfig
+from gptrt.schema import bounded, decode, read_json
 
 from . import data
 from .checkpoint import (

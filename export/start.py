@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer
 
 from gptrt.errors import DeviceError, OptionError
-from gptrt.format import ModelConfig, decode
+from gptrt.format import ModelConfig
+from gptrt.schema import decode
 
 from .data import find_texts
 from .optimizer import OptimizerConfig

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptrt.errors import BundleError, DependencyError, FidelityError
-from gptrt.format import Bundle, Golden, encode, open_bundle, read_manifest
+from gptrt.format import Bundle, Golden, open_bundle, read_manifest
 from gptrt.generator import Generator, embedded_bundle
-from gptrt.session import Device, Session, cpu_quota, import_onnxruntime, usable_cores
+from gptrt.machine import cpu_quota, usable_cores
+from gptrt.schema import encode
+from gptrt.session import Device, Session, import_onnxruntime
 from gptrt.tokenizer import Tokenizer
 
 StrPath = str | os.PathLike[str]

@@ -36,9 +36,10 @@ def perplexity(
 ) -> Perplexity:
     """Predict every id but the first, each exactly once.
 
-    A window of `window` ids (default: the context) moves by `stride` (default: `window`, no
-    overlap) and scores the `stride` ids after those that are scored already; the rest of it is
-    only read. A smaller stride gives each id more context and takes as many times longer.
+    A window of `window` ids (default: the context) moves by `stride` (default: `window`) and scores
+    the `stride` ids after those that are scored already; the rest of it is only read. So without a
+    stride only the last window overlaps, reaching back to be full; a smaller stride gives each id
+    more context and takes as many times longer.
 
     Raises OptionError, DataError for a text of less than two ids, FidelityError for logits that
     are no numbers.

@@ -32,6 +32,7 @@ from gptrt.format import (
     past_name,
     present_name,
 )
+from gptrt.machine import usable_cores
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -298,14 +299,14 @@ def import_onnxruntime() -> Any:
 
     Raises DependencyError without it; warns if the application imported it first.
     """
-    if "onnxruntime" in sys.modules and _TELEMETRY not in os.environ:
+    if "onnxruntime" in sys.modules and os.environ.get(_TELEMETRY) != "1":
         warnings.warn(
             f"onnxruntime was imported before gptrt and without {_TELEMETRY}=1, so it may write "
             "files and use the network; set the variable before that import",
             RuntimeWarning,
             stacklevel=3,
         )
-    os.environ.setdefault(_TELEMETRY, "1")
+    os.environ[_TELEMETRY] = "1"
     try:
         import onnxruntime
     except ImportError as e:
@@ -342,23 +343,3 @@ def _checked_threads(threads: int | None) -> int:
             "1 to 1024 threads", found=repr(threads), do="leave it out to use every core"
         )
     return threads
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, bounded by the quota of its container."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(cores, round(cpu_quota() or cores)))
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of time that the container may use; None if it is not limited."""
-    try:
-        if (root / "cpu.max").exists():  # cgroup v2: "quota period", or "max period"
-            quota, period = (root / "cpu.max").read_text().split()
-        else:  # v1: -1 is no limit
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):
-        return None

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gptrt.errors import BundleError, PromptError
-from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, Bundle, read_json
+from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, Bundle
+from gptrt.schema import read_json
 
 if TYPE_CHECKING:
     import tokenizers
