@@ -16,14 +16,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
+PAIRS = (
+    ("gptrt int4", "llama.cpp Q4_0"),
+    ("gptrt int4, head int4", "llama.cpp Q4_0"),
+    ("gptrt int8", "llama.cpp Q8_0"),
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", type=Path, help="Keep the weights here for the next run.")
+    parser.add_argument("--json", type=Path, help="Write the results here.")
+    parser.add_argument("--plot", type=Path, help="Draw them here, as PNG.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
@@ -93,7 +100,19 @@ def main() -> None:
         peers = prepare(args.preset, work)
         settings = (args.threads, args.prompt_tokens, args.new_tokens)
         speeds = interleave(peers, settings, args.rounds)
-    report(args.preset, peers, speeds, settings)
+        results = {
+            "preset": args.preset,
+            "date": str(date.today()),
+            "machine": _processor(),
+            "versions": _versions(),
+            "settings": settings,
+            "peers": [{"name": p.name, "bytes": p.bytes, "speeds": speeds[p.name]} for p in peers],
+        }
+    print(report(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
 
 
 def prepare(preset: str, work: Path) -> list[Peer]:
@@ -111,12 +130,17 @@ def prepare(preset: str, work: Path) -> list[Peer]:
         model = ck.Checkpoint(config, GPT(config).state_dict(), tokenizer, {"source": "random"})
         ck.save_checkpoint(model, source)
     peers = []
-    for mode in ("int4", "int8"):
-        out = work / f"gptrt-{mode}"
+    recipes: tuple[tuple[str, ConvertOptions], ...] = (
+        ("gptrt int4", ConvertOptions("int4")),
+        ("gptrt int4, head int4", ConvertOptions("int4", head_bits=4)),
+        ("gptrt int8", ConvertOptions("int8")),
+    )
+    for name, options in recipes:
+        out = work / name.replace(" ", "-")
         if not out.exists():
-            options = ConvertOptions(mode, verify_text=text, verify_tokens=64, allow_loss=True)
-            convert(source, out, options)
-        peers.append(Peer(f"gptrt {mode} block 128", _GPTRT, out))
+            quick = replace(options, verify_text=text, verify_tokens=64, allow_loss=True)
+            convert(source, out, quick)
+        peers.append(Peer(name, _GPTRT, out))
     if find_spec("llama_cpp") and find_spec("gguf"):
         import gguf_gpt2
 
@@ -172,23 +196,48 @@ def _start(peer: Peer, settings: tuple[int, int, int]) -> Callable[[], float]:
     return ask
 
 
-def report(
-    preset: str, peers: list[Peer], speeds: dict[str, list[float]], settings: tuple[int, int, int]
-) -> None:
-    threads, prompt, new = settings
-    print(f"\n{preset}, batch 1, {threads} threads, {prompt} + {new} tokens, {date.today()}, ")
-    print(f"{_processor()}, {_versions()}\n")
-    print("| runtime | decode tok/s, median | lowest to highest | weights MB |\n|---|---|---|---|")
-    for peer in peers:
-        values = speeds[peer.name]
+def report(results: dict[str, Any]) -> str:
+    """A Markdown table, and how ours compare with theirs round by round."""
+    threads, prompt, new = results["settings"]
+    lines = [
+        f"{results['preset']} shape, random weights, batch 1, {threads} threads, "
+        f"{prompt} + {new} tokens; {results['machine']}; {results['date']}; {results['versions']}; "
+        f"medians of {len(results['peers'][0]['speeds'])} interleaved rounds.",
+        "",
+        "| runtime | decode tok/s | lowest to highest | weights MB |",
+        "|---|---|---|---|",
+    ]
+    for peer in results["peers"]:
+        values = peer["speeds"]
         spread = f"{min(values):.0f} to {max(values):.0f}"
-        print(f"| {peer.name} | {median(values):.0f} | {spread} | {peer.bytes / 1e6:.1f} |")
-    for ours, theirs in (("int4", "Q4_0"), ("int8", "Q8_0")):
-        a, b = f"gptrt {ours} block 128", f"llama.cpp {theirs}"
-        if b in speeds:
-            ratio = median(x / y for x, y in zip(speeds[a], speeds[b], strict=True))
-            print(f"\n{a} / {b}: {ratio:.2f} (median of paired rounds)")
-    print("\n" + json.dumps({"preset": preset, "speeds": speeds}))
+        size = f"{peer['bytes'] / 1e6:.1f}"
+        lines.append(f"| {peer['name']} | {median(values):.0f} | {spread} | {size} |")
+    speeds = {peer["name"]: peer["speeds"] for peer in results["peers"]}
+    for ours, theirs in PAIRS:
+        if theirs in speeds:
+            ratio = median(x / y for x, y in zip(speeds[ours], speeds[theirs], strict=True))
+            lines += ["", f"{ours} / {theirs}: {ratio:.2f}, the median over rounds."]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], target: Path) -> None:
+    """Bars of the medians, with the lowest and the highest round."""
+    from gptrt_export.plots import new_figure
+
+    figure, axes = new_figure()
+    peers = results["peers"][::-1]
+    medians = [median(peer["speeds"]) for peer in peers]
+    low = [m - min(peer["speeds"]) for m, peer in zip(medians, peers, strict=True)]
+    high = [max(peer["speeds"]) - m for m, peer in zip(medians, peers, strict=True)]
+    colors = ["tab:blue" if peer["name"].startswith("gptrt") else "0.7" for peer in peers]
+    bars = axes.barh([p["name"] for p in peers], medians, xerr=[low, high], color=colors)
+    axes.bar_label(bars, [f"{m:.0f} " for m in medians], label_type="center", color="white")
+    axes.set_xlabel(
+        f"decode, tokens/s ({results['preset']} shape, {results['settings'][0]} threads)"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.set_size_inches(7, 2.6)
+    figure.savefig(target, dpi=110)
 
 
 def _versions() -> str:

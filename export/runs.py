@@ -81,6 +81,7 @@ class RunConfig:
     train: TrainConfig
     device: Literal["cpu", "cuda"]
     lineage: dict[str, str]
+    fine_tuning: bool = False  # then what it starts from is a candidate for the best
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,8 @@ def _fill(folder: Path, plan: RunPlan, progress: data.Progress) -> None:
         model = replace(plan.start, vocab_size=tokenizer.get_vocab_size())
         torch.manual_seed(plan.train.seed)
         weights = GPT(model).state_dict()
-    run = Run(folder, RunConfig(model, plan.train, plan.device, _lineage(base, plan, counts)))
+    lineage = _lineage(base, plan, counts)
+    run = Run(folder, RunConfig(model, plan.train, plan.device, lineage, base is not None))
     write_json(folder / RUN_FILE, asdict(run.config))
     run.save(weights, {}, tokenizer, State(), best=True)
 
@@ -271,7 +273,8 @@ def truncate_log(path: Path, step: int) -> None:
     """Drop the lines that an interrupted process wrote after its last checkpoint."""
     if not path.is_file():
         return
-    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    lines = path.read_text().splitlines() if step else []
+    kept = [line for line in lines if _step_of(line) <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(line + "\n" for line in kept))
     partial.replace(path)

@@ -64,28 +64,34 @@ def train(
 
 def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable[[], bool]) -> str:
     config = trainer.config
+    if trainer.run.config.fine_tuning and trainer.state.step == 0:
+        trainer.judge(_evaluate(trainer, log, bar))
     while not (reason := trainer.finished()):
         loss, seconds = trainer.step()
         state = trainer.state
         speed = tokens_per_step(config) / seconds
-        note = f"step {state.step}  loss {loss:.4f}  {speed:,.0f} tok/s"
-        bar.update(trainer.share(), note + _best(state))
+        bar.update(
+            trainer.share(), f"step {state.step}  loss {loss:.4f}  {speed:,.0f} tok/s{_best(state)}"
+        )
         _write(log, step=state.step, loss=loss, tok_s=round(speed, 1))
-        due = state.step % config.eval_every == 0
-        if stop := interrupted():
-            reason = "interrupted"
-        if due or stop or trainer.finished():
-            log.flush()
-            valid = trainer.evaluate()
-            _write(log, step=trainer.state.step, valid_loss=valid, perplexity=math.exp(valid))
-            log.flush()
-            bar.say(
-                f"step {state.step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}"
-            )
-            trainer.save(valid, counts=not stop)
+        stop = interrupted()
+        due = state.step % config.eval_every == 0 or bool(trainer.finished())
+        if due or stop:
+            valid = _evaluate(trainer, log, bar)
+            # Out of turn it does not count: a run that goes on must take the same decisions as
+            # one that was never interrupted.
+            trainer.save(valid, best=due and trainer.judge(valid))
         if stop:
-            break
+            return "interrupted"
     return reason
+
+
+def _evaluate(trainer: Trainer, log: TextIO, bar: ProgressBar) -> float:
+    valid, step = trainer.evaluate(), trainer.state.step
+    _write(log, step=step, valid_loss=valid, perplexity=math.exp(valid))
+    log.flush()
+    bar.say(f"step {step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}")
+    return valid
 
 
 def _write(log: TextIO, **values: Any) -> None:
@@ -175,28 +181,22 @@ class Trainer:
         self.state = replace(self.state, elapsed_s=elapsed)
         return loss
 
-    def save(self, valid_loss: float, *, counts: bool = True) -> None:
-        """A checkpoint, judged by its validation loss.
-
-        An evaluation out of turn, on an interrupt, does not count: the run that goes on must
-        take the same decisions as one that was not interrupted.
-        """
+    def judge(self, valid_loss: float) -> bool:
+        """Whether it is the lowest validation loss yet; counted for `patience`."""
         state = self.state
         gained = state.best_loss is None or valid_loss < state.best_loss
-        if counts:
-            stale = 0 if gained else state.stale + 1
-            best = valid_loss if gained else state.best_loss
-            self.state = replace(state, best_loss=best, stale=stale)
+        if gained:
+            self.state = replace(state, best_loss=valid_loss, stale=0)
+        else:
+            self.state = replace(state, stale=state.stale + 1)
+        return gained
+
+    def save(self, valid_loss: float, *, best: bool) -> None:
+        """A checkpoint of everything, named the best of the run if it is."""
         assert self.tokenizer is not None
-        moments = self.optimizer.state()
-        weights = self.model.state_dict()
+        weights, moments = self.model.state_dict(), self.optimizer.state()
         self.run.save(
-            weights,
-            moments,
-            self.tokenizer,
-            self.state,
-            best=gained and counts,
-            valid_loss=valid_loss,
+            weights, moments, self.tokenizer, self.state, best=best, valid_loss=valid_loss
         )
 
     def _loss(self, ids: Tensor) -> Tensor:

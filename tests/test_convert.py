@@ -158,6 +158,8 @@ def test_a_bundle_can_be_fine_tuned(bundle: Path, text_file: Path, tmp_path: Pat
     done = run_cli(gptrt_export, *arguments, *sizes, "--max-steps", 4)
     assert done.exit_code == 0, done.output
     assert load_checkpoint(tmp_path / "run").lineage["base_data"] == "story.txt"
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["step"] == 0  # what it started from was judged first
 
 
 def test_json_output_has_the_agreed_keys(bundle: Path, run: Run, text_file: Path) -> None:
