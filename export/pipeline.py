@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -85,7 +86,7 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _sile
     recipe = options.recipe
     checkpoint = load_checkpoint(source)
     check_exportable(checkpoint.config)
-    ids, text = verification_ids(source, checkpoint, options.verify_text)
+    ids, text = verification_ids(source, checkpoint, options.verify_text, options.verify_tokens)
     model = checkpoint.model().eval()
     with written_whole(out) as folder:
         step("tracing the graph")
@@ -154,13 +155,17 @@ def refuse_taken(out: Path, *, force: bool) -> None:
         )
 
 
-def verification_ids(source: Path, checkpoint: Checkpoint, text: Path | None) -> tuple[Ids, str]:
-    """Ids that training has not seen, and what to call them: a file, or the run's own."""
+def verification_ids(
+    source: Path, checkpoint: Checkpoint, text: Path | None, tokens: int = DEFAULT_TOKENS
+) -> tuple[Ids, str]:
+    """Ids that training has not seen, and what to call them: of a file the first `tokens` and one
+    more, or all that the run has held out."""
     if checkpoint.tokenizer is None:
         raise CheckpointError(f"tokenizer.json in {source}", found="none", do="add the file")
     if text is not None:
         pieces = (checkpoint.tokenizer.encode(p).ids for p in read_pieces(text))
-        return np.fromiter((i for piece in pieces for i in piece), np.uint32), text.name
+        first = islice(chain.from_iterable(pieces), tokens + 1)
+        return np.fromiter(first, np.uint32), text.name
     held_out = source / DATA_FOLDER / VALID_IDS
     if not held_out.is_file():
         raise DataError(
@@ -234,7 +239,7 @@ def _samples(bundle: Bundle) -> list[tuple[str, str]]:
 def check_fidelity(fidelity: Fidelity, mode: str, limit: float | None = None) -> None:
     """Raises FidelityError if the perplexity ratio is above the limit."""
     limit = limit or LIMITS[mode]
-    if fidelity.perplexity_ratio > limit:
+    if not fidelity.perplexity_ratio <= limit:  # NaN is above every limit
         raise FidelityError(
             f"a perplexity ratio of at most {limit} for {mode}",
             found=f"{fidelity.perplexity_ratio:.4f} on {fidelity.text}",

@@ -51,12 +51,16 @@ def measure(
     return Fidelity(
         text=text,
         tokens=count * length,
-        perplexity=math.exp(nll),
-        perplexity_reference=math.exp(nll_reference),
-        perplexity_ratio=math.exp(nll - nll_reference),
+        perplexity=_exp(nll),
+        perplexity_reference=_exp(nll_reference),
+        perplexity_ratio=_exp(nll - nll_reference),
         kl=float(kl),
         top1=float(agree),
     )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 60.0))  # of a model that is broken the exact figure is no matter
 
 
 @torch.no_grad()

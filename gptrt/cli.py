@@ -30,6 +30,10 @@ class OneLineErrors(click.Group):
             message, status = str(e), e.exit_status
         except click.ClickException as e:
             message, status = f"{e.format_message().rstrip('.')}; see `{self.name} --help`", 2
+        except ModuleNotFoundError as e:
+            extras = "gptrt[cpu]" if self.name == "gptrt" else "gptrt[cpu,export]"
+            message = f"wanted the package {e.name}; found it missing; pip install '{extras}'"
+            status = 2
         except OSError as e:
             place = e.filename or "standard output"
             message, status = f"wanted to read or write {place}; found {e.strerror}", 2

@@ -152,6 +152,31 @@ def test_a_bundle_above_the_limit_fails_and_leaves_nothing(run: Run, tmp_path: P
     assert open_bundle(out).manifest.quantization.mode == "int4"
 
 
+def test_a_model_that_computes_no_numbers_fails(
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = scrambled(GPT2_SHAPE)
+    with torch.no_grad():
+        model.ln_f.weight[0] = float("nan")
+    with pytest.raises(FidelityError):
+        convert(save_model(model), tmp_path / "b", ConvertOptions("none", verify_text=text_file))
+    assert not (tmp_path / "b").exists()
+
+
+def test_without_pytorch_the_command_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+from export.cli import main
+main(["convert", "nothing", "--out", "nowhere"])
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "pip install 'gptrt[cpu,export]'" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
 def test_a_bundle_can_be_fine_tuned(bundle: Path, text_file: Path, tmp_path: Path) -> None:
     arguments = ("train", "--from", bundle, "--data", text_file, "--out", tmp_path / "run")
     sizes = ("--set", "seq_len=32", "--set", "eval_every=2")
