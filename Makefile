@@ -5,9 +5,14 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check tales clean
 
+# CPython's own manual, one paragraph a line: real text that is on every machine.
+DEMO_TEXT := from pydoc_data.topics import topics; \
+	text = '\n\n'.join(topics[name] for name in sorted(topics)); \
+	print('\n'.join(' '.join(part.split()) for part in text.split('\n\n')))
+
 demo: $(VENV)/demo.stamp
 	rm -rf demo && mkdir demo
-	$(BIN)/python -c "from pydoc_data.topics import topics as t; print('\n\n'.join(t[k] for k in sorted(t)))" > demo/topics.txt
+	$(BIN)/python -c "$(DEMO_TEXT)" > demo/topics.txt
 	@echo "--- 1 of 4: fine-tune the embedded default for a minute on CPython's own manual"
 	$(BIN)/gptrt-export train --from models/tales --data demo/topics.txt --out demo/run --max-time 60
 	@echo "--- 2 and 3 of 4: convert to int4 and verify against PyTorch"
@@ -17,7 +22,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/gptrt generate demo/bundle "The function" --max-new-tokens 60 --temperature 0.7 --seed 1
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
