@@ -176,8 +176,7 @@ class Generator:
         for part in earlier:
             session.run(part, cache)
         while len(ids) < room:
-            logits = session.run(step, cache)  # [1, 1, vocab]
-            token = sampler.next(logits[0, 0])
+            token = sampler.next(session.run(step, cache))
             if token in eos:
                 call.finish_reason = "stop"
                 return

@@ -124,7 +124,7 @@ def greedy(logits: Logits) -> int:
     if not math.isfinite(logits.item(best)):
         raise FidelityError(
             "logits of which the largest is a finite number",
-            found=str(logits[best]),
+            found=str(logits.item(best)),
             do="check the bundle with `gptrt verify`, and that the options do not ban every id",
         )
     return best
@@ -182,9 +182,10 @@ class Sampler:
         self._prompt_length, self._step = len(prompt), 0
 
     def next(self, logits: Logits) -> int:
-        """The next id after all that were chosen, from its logits [vocab]."""
+        """The next id after all that were chosen, from its logits [1, 1, vocab] or [vocab]."""
         if self._plain:
             return greedy(logits)
+        logits = logits.reshape(-1)
         length = self._prompt_length + self._step
         for process in self._processors:
             logits = process(logits, self._ids[:length])
