@@ -30,7 +30,9 @@ def main() -> None:
 @click.option("--out", required=True, type=_path, help="The run folder.")
 @click.option("--from", "start", type=_path, help="Fine-tune this checkpoint or bundle.")
 @click.option("--tokenizer", type=_path, help="tokenizer.json, or a folder with GPT-2's files.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --out, with its own data and settings."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--max-steps", type=click.IntRange(min=0))
 @click.option("--max-time", type=click.FloatRange(min=0), help="Seconds of training.")
@@ -59,6 +61,8 @@ def train(
 
     if resume:
         run = open_run(out)
+        if preset or data or valid or start or tokenizer or settings:
+            _say(f"resuming {out}: model, data and settings are those that it was started with")
     else:
         texts, held_out, changes = list(data), list(valid), _pairs("--set", settings)
         plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer)

@@ -118,6 +118,17 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_that_resumes(
     assert result.steps == state.step + 2
 
 
+def test_resuming_with_the_whole_command_keeps_the_runs_own_settings_and_says_so(
+    text_file: Path, tmp_path: Path
+) -> None:
+    run = create_run(tmp_path / "run", make_plan(text_file))
+    arguments = ("train", "--preset", "nano-char", "--data", text_file, "--out", run.path)
+    done = run_cli(gptrt_export, *arguments, "--resume", "--max-steps", 2)
+    assert done.exit_code == 0, done.output
+    assert "those that it was started with" in done.stderr
+    assert open_run(run.path).last()[0].config == run.config.model
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     create_run(out, make_plan(text_file, eval_every=10_000, max_steps=100_000))
