@@ -34,7 +34,8 @@ def _summary(manifest: Manifest) -> str:
     return (
         f"A decoder-only GPT: {model.n_layer} layers, {model.n_embd} wide, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}, context {model.n_positions:,} tokens, "
-        f"{model.positions} positions.\nMatrices: {stored}. The folder holds {size:.1f} MB."
+        f"{model.positions} positions.\nMatrices: {stored}. KV cache: {manifest.cache.dtype}. "
+        f"The folder holds {size:.1f} MB."
     )
 
 

@@ -127,6 +127,7 @@ def presets() -> None:
 @click.option("--quantize", "mode", type=click.Choice(["none", "fp16", "int8", "int4"]))
 @click.option("--block-size", type=int, help="Weights that share a scale.")
 @click.option("--head-bits", type=click.Choice([4, 8]), help="Bits of the vocabulary matrix.")
+@click.option("--kv-cache", type=click.Choice(["float", "int8"]), help="Numbers in the KV cache.")
 @click.option("--verify-text", type=_path, help="Text to measure fidelity on.")
 @click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
 @click.option("--allow-loss", is_flag=True, help="Write the bundle even if fidelity fails.")

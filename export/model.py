@@ -162,19 +162,22 @@ class CausalAttention:
         self._rotary: tuple[Tensor, Tensor] | None = None  # the same for every layer
 
     def __call__(self, layer: int, packed: Tensor) -> Tensor:
+        query, key, value = self.heads(packed, layer)
+        grouped = self.config.n_head != self.config.n_kv_head
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        return y.transpose(1, 2).flatten(2)  # [batch, seq, n_head * head_dim]
+
+    def heads(self, packed: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, rotated where wanted, each [batch, heads, seq, head_dim]."""
         del layer  # no layer differs
         config = self.config
         heads = packed.view(*packed.shape[:2], -1, config.head_dim).transpose(1, 2)
-        # each [batch, heads, seq, head_dim]
-        query, key, value = torch.split(
-            heads, [config.n_head, config.n_kv_head, config.n_kv_head], dim=1
-        )
+        counts = [config.n_head, config.n_kv_head, config.n_kv_head]
+        query, key, value = torch.split(heads, counts, dim=1)
         if config.positions == "rotary":
             cos, sin = self._tables(query)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        grouped = config.n_head != config.n_kv_head
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        return y.transpose(1, 2).flatten(2)  # [batch, seq, n_head * head_dim]
+        return query, key, value
 
     def _tables(self, query: Tensor) -> tuple[Tensor, Tensor]:
         if self._rotary is None:

@@ -14,7 +14,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gptrt.errors import CheckpointError, DataError, FidelityError, PromptError, TargetError
+from gptrt.errors import (
+    CheckpointError,
+    DataError,
+    FidelityError,
+    OptionError,
+    PromptError,
+    TargetError,
+)
 from gptrt.format import (
     CARD_FILE,
     FORMAT_VERSION,
@@ -25,6 +32,7 @@ from gptrt.format import (
     CacheLayout,
     Fidelity,
     Manifest,
+    ModelConfig,
     Quantization,
     describe_file,
     open_bundle,
@@ -35,8 +43,9 @@ from gptrt.session import Session
 from .card import model_card
 from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
 from .companions import write_companions
-from .data import VALID_IDS, open_ids, read_pieces
+from .data import TRAIN_IDS, VALID_IDS, open_ids, read_pieces
 from .graph import build_graph, check_exportable
+from .kv_cache import calibrate_cache, quantize_cache
 from .model import GPT
 from .quantize import DEFAULT_BLOCK, Recipe, quantize_graph
 from .runs import DATA_FOLDER
@@ -45,7 +54,6 @@ from .verify import DEFAULT_TOKENS, golden_prompts, measure
 # Perplexity ratios above which a conversion fails. Plain rounding to 4 bits costs a few percent.
 LIMITS = {"none": 1.001, "fp16": 1.002, "int8": 1.005, "int4": 1.10}
 _SAMPLE_PROMPTS = ("Once upon a time", "The king said", "In the morning")
-_INLINE_LIMIT = 1 << 30  # protobuf stops at 2 GiB
 
 Step = Callable[[str], None]
 Ids = NDArray[np.uint32]
@@ -62,6 +70,7 @@ class ConvertOptions:
     mode: Literal["none", "fp16", "int8", "int4"] = "int4"
     block_size: int = DEFAULT_BLOCK
     head_bits: int = 8
+    kv_cache: Literal["float", "int8"] = "float"  # float: as the activations
     verify_text: Path | None = None
     verify_tokens: int = DEFAULT_TOKENS
     max_perplexity_ratio: float | None = None
@@ -76,6 +85,15 @@ class ConvertOptions:
             return Recipe(self.mode, self.block_size, self.head_bits)
         return None
 
+    def check_kv_cache(self) -> None:
+        """Raises OptionError where there is no attention for the cache."""
+        if self.kv_cache == "int8" and self.mode == "fp16":
+            raise OptionError(
+                "--kv-cache int8 with --quantize none, int8 or int4",
+                found="fp16",
+                do="leave one of them out",
+            )
+
 
 def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _silent) -> Manifest:
     """Turn the checkpoint at `source` into a bundle at `out`; either all of it or nothing.
@@ -84,6 +102,7 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _sile
     """
     refuse_taken(out, force=options.force)
     recipe = options.recipe
+    options.check_kv_cache()
     checkpoint = load_checkpoint(source)
     check_exportable(checkpoint.config)
     ids, text = verification_ids(source, checkpoint, options.verify_text, options.verify_tokens)
@@ -93,11 +112,14 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = _sile
         graph = build_graph(copy.deepcopy(model).half() if options.mode == "fp16" else model)
         step(f"storing the weights: {options.mode}")
         quantization = quantize_graph(graph, recipe) if recipe else _UNQUANTIZED[options.mode]
+        if options.kv_cache == "int8":
+            quantize_cache(graph.graph, calibrate_cache(model, _calibration_ids(source, ids)))
         save_graph(graph, folder)
         assert checkpoint.tokenizer is not None
         write_companions(folder, checkpoint.config, checkpoint.tokenizer)
         checkpoint = replace(checkpoint, lineage=checkpoint.lineage | options.notes)
-        draft = _manifest(out.name, checkpoint, quantization, folder)
+        cache = _cache_layout(checkpoint.config, options)
+        draft = _manifest(out.name, checkpoint, cache, quantization, folder)
         write_json(folder / MANIFEST_FILE, asdict(draft))
         step("verifying against PyTorch")
         manifest = _promise(draft, open_bundle(folder), model, ids, text, options)
@@ -177,26 +199,65 @@ def verification_ids(
 
 
 def save_graph(graph: ir.Model, folder: Path) -> None:
-    size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)
-    external = GRAPH_DATA_FILE if size > _INLINE_LIMIT else None
-    ir.save(graph, folder / GRAPH_FILE, external_data=external)
+    """The graph, and beside it its weights, which onnxruntime maps into memory instead of
+    copying them (and protobuf stops at 2 GiB)."""
+    path = folder / GRAPH_FILE
+    ir.save(graph, path, external_data=GRAPH_DATA_FILE)
+    saved = ir.load(path)
+    for node in saved.graph:
+        if node.op_type == "GatherBlockQuantized":
+            _name_rows(saved.graph, node)
+    ir.save(saved, path)
+
+
+def _name_rows(graph: ir.Graph, gather: ir.Node) -> None:
+    """Give the matrix that rows are gathered from a second name for the same bytes on disk.
+
+    onnxruntime repacks the matrix of a product and then lets the original go, unless somebody else
+    uses it by that name. Of the rows only those that are read ever come into memory.
+    """
+    matrix = gather.inputs[0]
+    assert matrix is not None
+    stored = matrix.const_value
+    if len(matrix.uses()) < 2 or not isinstance(stored, ir.ExternalTensor):
+        return
+    name = f"{matrix.name}_rows"
+    place = (stored.location, stored.offset, stored.length, stored.dtype)
+    twin = ir.ExternalTensor(*place, name=name, shape=stored.shape, base_dir=stored.base_dir)
+    value = ir.Value(name=name, shape=stored.shape, type=matrix.type, const_value=twin)
+    graph.initializers.add(value)
+    gather.replace_input_with(0, value)
+
+
+def _calibration_ids(source: Path, held_out: Ids) -> Ids:
+    """What a run was trained on, or else the text that fidelity is measured on."""
+    trained_on = source / DATA_FOLDER / TRAIN_IDS
+    return open_ids(trained_on) if trained_on.is_file() else held_out
+
+
+def _cache_layout(model: ModelConfig, options: ConvertOptions) -> CacheLayout:
+    floats: Literal["float16", "float32"] = "float16" if options.mode == "fp16" else "float32"
+    return CacheLayout(
+        layers=model.n_layer,
+        kv_heads=model.n_kv_head,
+        head_dim=model.head_dim,
+        max_length=model.n_positions,
+        dtype="int8" if options.kv_cache == "int8" else floats,
+    )
 
 
 def _manifest(
-    name: str, checkpoint: Checkpoint, quantization: Quantization, folder: Path
+    name: str,
+    checkpoint: Checkpoint,
+    cache: CacheLayout,
+    quantization: Quantization,
+    folder: Path,
 ) -> Manifest:
-    model = checkpoint.config
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
-        model=model,
-        cache=CacheLayout(
-            layers=model.n_layer,
-            kv_heads=model.n_kv_head,
-            head_dim=model.head_dim,
-            max_length=model.n_positions,
-            dtype="float16" if quantization.mode == "fp16" else "float32",
-        ),
+        model=checkpoint.config,
+        cache=cache,
         quantization=quantization,
         fidelity=None,
         golden=(),

@@ -56,6 +56,7 @@ def present_name(layer: int, part: Literal["key", "value"]) -> str:
 
 _MAX_COUNT = 1 << 24  # no vocabulary, width or context comes near it
 _MAX_FILE = 1 << 40
+_CHUNK = 1 << 22  # bytes hashed at a time: other threads run meanwhile
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,15 @@ class ModelConfig:
 class CacheLayout:
     """The KV cache: per layer a key and a value buffer [batch, kv_heads, length, head_dim].
 
-    `max_length` bounds `length`; a runtime may allocate less.
+    `max_length` bounds `length`; a runtime may allocate less. The scales of an int8 cache are in
+    the graph.
     """
 
     layers: int = bounded(1, 1024)
     kv_heads: int = bounded(1, 1024)
     head_dim: int = bounded(1, 4096)
     max_length: int = bounded(1, _MAX_COUNT)
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "int8"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -264,8 +266,10 @@ def _check_hash(path: Path, entry: FileEntry) -> None:
 def describe_file(path: Path) -> FileEntry:
     """Size in bytes and sha256 of a file. Raises BundleError if it cannot be read."""
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return FileEntry(path.stat().st_size, digest)
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+        with path.open("rb", buffering=0) as stream:
+            while size := stream.readinto(buffer):
+                digest.update(buffer[:size])
+        return FileEntry(path.stat().st_size, digest.hexdigest())
     except OSError as e:
         raise BundleError(f"to read {path}", found=e.strerror or str(e), do="check the file") from e

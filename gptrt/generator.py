@@ -8,6 +8,7 @@ import os
 import time
 from collections import abc
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -20,7 +21,7 @@ from gptrt.config import GenerationConfig
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
 from gptrt.format import MANIFEST_FILE, Manifest, ModelConfig, open_bundle
 from gptrt.sampling import Sampler
-from gptrt.session import Device, Ids, Logits, Session
+from gptrt.session import Device, Ids, Logits, Session, import_onnxruntime
 from gptrt.tokenizer import StopStrings, Tokenizer
 
 FinishReason = Literal["stop", "length", "time"]
@@ -87,7 +88,10 @@ class Generator:
         device: Device = "auto",
         threads: int | None = None,
     ) -> None:
-        bundle = open_bundle(embedded_bundle() if path is None else path)
+        with ThreadPoolExecutor(1) as beside:
+            hashing = beside.submit(open_bundle, embedded_bundle() if path is None else path)
+            import_onnxruntime()  # takes as long
+            bundle = hashing.result()
         tokenizer = Tokenizer.open(bundle)
         self._set_up(Session(bundle, device=device, threads=threads), tokenizer)
 

@@ -132,6 +132,7 @@ class Session:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.enable_cpu_mem_arena = False  # it keeps what the longest prefill needed
         options.log_severity_level = 3  # errors
         try:
             session = ort.InferenceSession(str(path), options, providers=[provider])
@@ -241,7 +242,7 @@ def _cache_names(layout: CacheLayout) -> list[tuple[str, str]]:
 
 # --- what the graph takes and gives, against the manifest ---------------------------------------
 
-_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 _INT64 = "tensor(int64)"
 
 

@@ -23,6 +23,7 @@ from export.runs import Run
 from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
 from gptrt.format import open_bundle, read_manifest
 from gptrt.session import Session
+from gptrt.tokenizer import Tokenizer
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
 
@@ -60,6 +61,31 @@ def test_the_fp32_graph_gives_pytorchs_logits_whole_in_chunks_and_in_single_step
             found.append(session.run(ids[:, start : start + size], cache, keep=0).copy())
             start += size
         np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_int8_cache_gives_nearly_pytorchs_logits_however_the_text_is_cut(
+    shape: str, save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = scrambled(SHAPES[shape])
+    options = {"mode": "none", "kv_cache": "int8"}
+    session = open_session(model, save_model, text_file, tmp_path, **options)
+    assert session.manifest.cache.dtype == "int8"
+    assert "KV cache: int8" in (tmp_path / "bundle" / "README.md").read_text()
+    tokenizer = Tokenizer.open(open_bundle(tmp_path / "bundle"))
+    ids = np.array([tokenizer.encode(text_file.read_text()[100:400])[:48]])
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).numpy()
+    found = {}
+    for chunks in ((48,), (20, 28), (5,) + (1,) * 43):
+        cache, parts, start = session.new_cache(48), [], 0
+        for size in chunks:
+            parts.append(session.run(ids[:, start : start + size], cache, keep=0).copy())
+            start += size
+        found[chunks] = np.concatenate(parts, axis=1)
+        error = np.linalg.norm(found[chunks] - wanted) / np.linalg.norm(wanted)
+        assert error < 0.02, chunks
+        np.testing.assert_allclose(found[chunks], found[(48,)], atol=1e-3)
 
 
 def test_going_back_in_the_cache_gives_what_a_fresh_cache_gives(
@@ -244,6 +270,7 @@ def test_wrong_input_to_convert_is_refused_before_any_work(
         (DataError, source, {"verify_text": tmp_path / "nothing.txt"}),
         (DataError, source, {"verify_text": short}),
         (OptionError, run.path, {"block_size": 100}),
+        (OptionError, run.path, {"mode": "fp16", "kv_cache": "int8"}),
     ):
         with pytest.raises(error):
             convert(path, out, ConvertOptions(**options))
