@@ -124,7 +124,7 @@ class _Job:
     out: Path
     workshop: Workshop
     kinds: list[tuple[Peer, Kind]]
-    versions: dict[str, str]
+    versions: dict[str, dict[str, str]]  # by peer and package
     skipped: list[str]
     seen: dict[str, int] = field(default_factory=dict)  # parameters of the shapes
 
@@ -140,7 +140,7 @@ class _Job:
         workshop = Workshop(work or out / "work", Environments(envs), threads, say)
         for folder in (out, workshop.work):
             folder.mkdir(parents=True, exist_ok=True)
-        versions: dict[str, str] = {}
+        versions: dict[str, dict[str, str]] = {}
         present = []
         for peer in _selected(only):
             found = workshop.environments.versions(peer)
@@ -148,7 +148,7 @@ class _Job:
                 say(f"{peer.name} is left out: pip install {' '.join(peer.needs)}")
             else:
                 present.append(peer)
-                versions |= {f"{name} ({peer.name})": v for name, v in found.items()}
+                versions[peer.name] = found
         kinds = [(peer, kind) for peer in present for kind in peer.kinds]
         return cls(out, workshop, kinds, versions, skipped)
 

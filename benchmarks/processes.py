@@ -54,8 +54,10 @@ class Environments:
         assert self.folder is not None
         place = self.folder / peer.adapter
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, *peer.needs], check=True)
+        pip = [str(place / "bin" / "python"), "-m", "pip", "--quiet"]
+        subprocess.run([*pip, "install", *peer.needs], check=True)
+        if peer.without:
+            subprocess.run([*pip, "uninstall", "--yes", *peer.without], check=True)
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,16 @@ def report(results: Results) -> str:
     ]
     parts += [_curve(results, measure) for measure in ("context", "batch")]
     parts += [_sizes(results), _perplexities(results), _settings(results)]
-    parts += [f"Left out: {line}" for line in results.skipped]
+    parts += results.skipped
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _heading(results: Results) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
+    named = (f"{name} {number}" for v in results.versions.values() for name, number in v.items())
+    versions = ", ".join(dict.fromkeys(named))
     lines = [
         f"{results.machine}, {results.threads} threads; {results.date}; {versions}. Medians over "
-        "interleaved rounds, lowest to highest in brackets; weights are random."
+        "interleaved rounds, lowest to highest in brackets."
     ]
     if results.shapes("bandwidth"):
         lines.append(
@@ -54,7 +55,13 @@ def _table(results: Results, shape: str) -> str:
     for entry in entries:
         cells = [_cell(results.values(shape, entry.who, m, x), f) for _, m, x, f in columns]
         rows.append([entry.who, *cells, f"{entry.bytes / 1e6:.1f}", _share(results, entry)])
-    parts = [f"### {shape}, batch 1", "", *_markdown(headings, rows), "", *_ratios(results, shape)]
+    parts = [
+        f"### {shape}, random weights, batch 1",
+        "",
+        *_markdown(headings, rows),
+        "",
+        *_ratios(results, shape),
+    ]
     return "\n".join(parts).rstrip()
 
 

@@ -48,7 +48,7 @@ class Results:
     date: str
     machine: str
     threads: int
-    versions: dict[str, str]
+    versions: dict[str, dict[str, str]]  # by peer and package
     skipped: list[str]
     parameters: dict[str, int]  # of each shape
     entries: list[Entry]

@@ -43,6 +43,7 @@ class Peer:
     needs: tuple[str, ...]
     kinds: tuple[Kind, ...]
     shown: int = 1
+    without: tuple[str, ...] = ()  # comes along, is not needed and does harm
     batches: bool = True  # whether its streaming takes several rows
 
     @property
@@ -116,6 +117,7 @@ PEERS = (
             Kind("int8", 8, {"weight-format": "int8"}, choices=_ATTENTIONS),
         ),
         shown=2,
+        without=("torchvision",),  # its wheels are for another torch than the CPU's
         batches=False,
     ),
     Peer(

@@ -15,6 +15,9 @@ def build(checkpoint: Path, out: Path, settings: dict[str, Any]) -> None:
     from ctranslate2.converters import TransformersConverter
 
     TransformersConverter(str(checkpoint)).convert(str(out), **settings)
+    config = json.loads((out / "config.json").read_text())
+    config["unk_token"] = config["unk_token"] or config["eos_token"]  # without one it does not load
+    (out / "config.json").write_text(json.dumps(config))
 
 
 class CTranslate2:

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 Rows = list[list[int]]
 Step = Callable[[], None]
+_PROMPTS = count(step=1009)  # no prompt begins like an earlier one: some peers remember them
 Build = Callable[[Path, Path, dict[str, Any]], None]
 
 
@@ -82,7 +84,8 @@ def _time(
     tell_first: bool = False,
 ) -> dict[str, float]:
     """Seconds to the first id of every row and from there to the last one."""
-    rows = [[(row + i * 7919) % vocab_size for i in range(prompt)] for row in range(batch)]
+    first = next(_PROMPTS)
+    rows = [[(first + row + i * 7919) % vocab_size for i in range(prompt)] for row in range(batch)]
     times: list[float] = []
 
     def step() -> None:
@@ -101,14 +104,14 @@ def _score(runtime: Any, windows: Path) -> dict[str, float]:
     """The nll in nats, summed, of every id but the first in each row of an int array on disk."""
     import numpy as np
 
-    total, count = 0.0, 0
+    total, tokens = 0.0, 0
     for row in np.load(windows):
         logits = np.asarray(runtime.logits(row[:-1].tolist()), np.float64)
         top = logits.max(axis=-1)
         chosen = logits[np.arange(len(logits)), row[1:]]
         total += float((np.log(np.exp(logits - top[:, None]).sum(axis=-1)) + top - chosen).sum())
-        count += len(logits)
-    return {"nll": total, "tokens": count}
+        tokens += len(logits)
+    return {"nll": total, "tokens": tokens}
 
 
 def _peak_mb() -> float:
