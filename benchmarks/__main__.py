@@ -28,6 +28,7 @@ from .results import RESULTS_FILE, Results, load
 from .suite import CURVES, TABLE, Run
 
 _MEASURES = (*TABLE, *CURVES, "size")
+_ONLY = "Of these alone, with commas: peers, or a peer's kinds, like 'llama.cpp Q4_0'."
 _path = click.Path(path_type=Path)
 
 
@@ -42,7 +43,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--out", required=True, type=_path, help="The folder for the results."),
         click.option("--envs", type=_path, help="Environments of the peers, made by `install`."),
         click.option("--work", type=_path, help="Keep models here (default: OUT/work)."),
-        click.option("--only", default="", help="Names of peers, with commas (default: all)."),
+        click.option("--only", default="", help=_ONLY),
         click.option("--threads", default=2, show_default=True),
     ):
         command = option(command)
@@ -51,10 +52,10 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @click.option("--envs", required=True, type=_path, help="The folder for the environments.")
-@click.option("--only", default="", help="Names of peers, with commas (default: all).")
+@click.option("--only", default="", help=_ONLY)
 def install(envs: Path, only: str) -> None:
     """Make an environment with pip for every peer: their pins exclude each other."""
-    for peer in _selected(only):
+    for peer in {peer.name: peer for peer, _ in _selected(only)}.values():
         if peer is not OURS:
             click.echo(f"installing {peer.name}", err=True)
             Environments(envs).install(peer)
@@ -141,15 +142,14 @@ class _Job:
         for folder in (out, workshop.work):
             folder.mkdir(parents=True, exist_ok=True)
         versions: dict[str, dict[str, str]] = {}
-        present = []
-        for peer in _selected(only):
+        kinds = _selected(only)
+        for peer in {peer.name: peer for peer, _ in kinds}.values():
             found = workshop.environments.versions(peer)
             if found is None:
                 say(f"{peer.name} is left out: pip install {' '.join(peer.needs)}")
             else:
-                present.append(peer)
                 versions[peer.name] = found
-        kinds = [(peer, kind) for peer in present for kind in peer.kinds]
+        kinds = [(peer, kind) for peer, kind in kinds if peer.name in versions]
         return cls(out, workshop, kinds, versions, skipped)
 
     def stage(
@@ -174,13 +174,16 @@ class _Job:
         _write(results, self.out)
 
 
-def _selected(only: str) -> list[Peer]:
-    """The peers named, ours among them always: everything is compared with it."""
+def _selected(only: str) -> list[tuple[Peer, Kind]]:
+    """The kinds named, by themselves or by their peer; of ours all, unless some are named."""
+    everything = [(peer, kind) for peer in PEERS for kind in peer.kinds]
+    known = {p.name for p in PEERS} | {f"{p.name} {k.name}" for p, k in everything}
     wanted = {name.strip() for name in only.split(",") if name.strip()} or {p.name for p in PEERS}
-    if unknown := wanted - {p.name for p in PEERS}:
-        known = ", ".join(p.name for p in PEERS)
-        raise click.BadParameter(f"{', '.join(unknown)}: choose from {known}")
-    return [peer for peer in PEERS if peer is OURS or peer.name in wanted]
+    if unknown := wanted - known:
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(sorted(known))}")
+    if not any(name.startswith(f"{OURS.name} ") for name in wanted):
+        wanted.add(OURS.name)
+    return [(p, k) for p, k in everything if wanted & {p.name, f"{p.name} {k.name}"}]
 
 
 def _write(results: Results, out: Path) -> None:

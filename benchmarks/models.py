@@ -132,7 +132,7 @@ class Workshop:
             return self._built(checkpoint, OURS, lent, text)
         folder = self.work.resolve() / checkpoint.name
         folder.mkdir(parents=True, exist_ok=True)
-        out = folder / f"{peer.adapter}-{kind.name.replace(', ', '-').replace(' ', '-')}"
+        out = folder / f"{peer.adapter}-{kind.name.replace(' ', '-')}"
         if not out.exists():
             self.say(f"making {peer.name} {kind.name} of {checkpoint.name}")
             given = kind.build | ({"text": str(text)} if text and peer is OURS else {})
@@ -155,5 +155,5 @@ class Workshop:
         return processes.adapter_command(python, adapter, "serve", candidate.settings)
 
     def log(self, candidate: Candidate, use: str = "serve") -> Path:
-        name = candidate.name.replace(" ", "-").replace(",", "")
+        name = candidate.name.replace(" ", "-")
         return candidate.path.parent / f"{name}.{use}.log"

@@ -71,7 +71,7 @@ PEERS = (
         (
             Kind("int4", 4, {"quantize": "int4"}, families=_ALL, curves=True, scores=True),
             Kind(
-                "int4, head int4",
+                "int4 throughout",
                 4,
                 {"quantize": "int4", "head-bits": 4},
                 families=_ALL,
