@@ -158,9 +158,10 @@ class _Job:
         self.seen[checkpoint.name] = checkpoint.parameters
         fast = [(peer, kind) for peer, kind in kinds if kind.speed]
         bench.stage(checkpoint, list(self.workshop.candidates(checkpoint, fast)), asked)
+        self.results(bench).save(self.out / RESULTS_FILE)  # so that nothing is lost
 
-    def finish(self, bench: Run) -> None:
-        results = Results(
+    def results(self, bench: Run) -> Results:
+        return Results(
             date=str(date.today()),
             machine=_processor(),
             threads=self.workshop.threads,
@@ -170,6 +171,9 @@ class _Job:
             entries=bench.entries,
             samples=bench.samples,
         )
+
+    def finish(self, bench: Run) -> None:
+        results = self.results(bench)
         results.save(self.out / RESULTS_FILE)
         _write(results, self.out)
 

@@ -51,7 +51,8 @@ def draw_curves(results: Results, target: Path) -> None:
     figure, panels = _figure(4.2 * len(drawn), 3.6, 1, len(drawn))
     for axes, (_, draw) in zip(panels, drawn, strict=True):
         draw(axes, results)
-        axes.set_ylim(bottom=0) if axes.get_yscale() == "linear" else None
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)
         axes.set_ylabel("decode, tokens/s")
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
@@ -73,16 +74,21 @@ def _draw_lines(axes: Any, results: Results, measure: str) -> None:
     """One line a runtime on the first shape, and the limit that ours at 4 bits has."""
     shape = results.shapes(measure)[0]
     points: list[int] = []
-    for entry in results.entries_of(shape, measure):
+    entries = list(results.entries_of(shape, measure))
+    for entry in entries:
         points = results.points(shape, entry.who, measure)
         values = [results.values(shape, entry.who, measure, x) for x in points]
         _line(axes, results, entry.who, points, values)
     limit = _limit(results, shape)
     rows = points if measure == "batch" else [1] * len(points)
-    axes.plot(points, [limit * n for n in rows], "--", color="0.5", label="memory limit, int4")
+    axes.plot(
+        points, [limit * n for n in rows], "--", color="0.5", label="memory limit, int4 weights"
+    )
     axes.set_xscale("log", base=2)
-    if measure == "batch":
-        axes.set_yscale("log", base=2)
+    if measure == "batch":  # the limit soon leaves the picture: products take over
+        everything = [v for e in entries for v in results.values(shape, e.who, measure)]
+        _plain_log(axes)
+        axes.set_ylim(0.7 * min(everything), 2 * max(everything))
     axes.set_xticks(points, [str(x) for x in points])
     axes.set_title(shape, fontsize=9)
 
@@ -96,14 +102,24 @@ def _draw_sizes(axes: Any, results: Results) -> None:
         if all(values):
             _line(axes, results, who, sizes, values)
     axes.plot(
-        sizes, [_limit(results, s) for s in shapes], "--", color="0.5", label="memory limit, int4"
+        sizes,
+        [_limit(results, s) for s in shapes],
+        "--",
+        color="0.5",
+        label="memory limit, int4 weights",
     )
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    _plain_log(axes)
     axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
     axes.minorticks_off()
     axes.set_xlabel("size, millions of parameters (batch 1)")
     axes.set_title("model size", fontsize=9)
+
+
+def _plain_log(axes: Any) -> None:
+    """A logarithmic scale of speeds with numbers that people read."""
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0f}")
 
 
 def _sized(results: Results) -> list[str]:

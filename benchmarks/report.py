@@ -35,7 +35,8 @@ def _heading(results: Results) -> str:
     versions = ", ".join(dict.fromkeys(named))
     lines = [
         f"{results.machine}, {results.threads} threads; {results.date}; {versions}. Medians over "
-        "interleaved rounds, lowest to highest in brackets."
+        "interleaved rounds, lowest to highest in brackets. "
+        "Cold start: a fresh process up to its first token, the files in the page cache."
     ]
     if results.shapes("bandwidth"):
         lines.append(
@@ -153,7 +154,7 @@ def _perplexities(results: Results) -> str:
 
 def _settings(results: Results) -> str:
     """What everyone was given; `threads` is the same for all."""
-    lines = {}
+    lines: dict[str, None] = {}
     for e in results.entries:
         given = ", ".join(f"{key} {value}" for key, value in e.settings.items())
         lines.setdefault(f"- {e.who}: {given or 'its defaults'}", None)

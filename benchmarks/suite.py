@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _TRIALS = 2
 
 TABLE = ("decode", "prefill", "cold")
 CURVES = ("context", "batch")
+CURVE_ROUNDS = 3  # at most
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def questions(measure: str, context: int) -> Iterator[Question]:
         yield from (Question(measure, n, prompt, new, n) for n in _BATCHES)
 
 
+Workers = dict[str, tuple[Candidate, Worker]]  # by name
+
+
 @dataclass
 class Run:
     """What is common to all stages of a run, and what they have found so far."""
@@ -79,29 +83,57 @@ class Run:
     def stage(
         self, checkpoint: Checkpoint, candidates: list[Candidate], measures: list[str]
     ) -> None:
-        """Measure the candidates on one model."""
-        ready = [self.tuned(checkpoint, c) for c in candidates]
+        """Measure the candidates on one model. One that fails is left out from there on."""
         asked = [q for m in measures for q in questions(m, checkpoint.context)]
+        rounds = min(self.rounds, CURVE_ROUNDS) if set(measures) <= set(CURVES) else self.rounds
         with ExitStack() as stack:
-            workers: list[tuple[Candidate, Worker]] = []
-            for candidate in ready:
-                worker = self._warm(stack, candidate, asked)
-                if worker is not None:
-                    workers.append((candidate, worker))
-                    self._note(checkpoint, candidate)
+            workers: Workers = {}
+            for candidate in candidates:
+                with self._leaving_out(workers, candidate):
+                    self._begin(stack, workers, self.tuned(checkpoint, candidate), asked)
             memory = stack.enter_context(started(*self._bandwidth()))
-            for turn in range(self.rounds):
-                self._say(f"{checkpoint.name}: round {turn + 1} of {self.rounds}")
+            for turn in range(rounds):
+                self._say(f"{checkpoint.name}: round {turn + 1} of {rounds}")
                 self._sample(checkpoint, "machine", BANDWIDTH, 0, turn, memory.ask()["gb_s"])
-                order = workers[:: -1 if turn % 2 else 1]
                 for question in asked:
-                    for candidate, worker in order:
-                        if question.batch == 1 or candidate.peer.batches:
-                            value = question.value(worker.ask(**question.request))
-                            name, x = question.measure, question.x
-                            self._sample(checkpoint, candidate.name, name, x, turn, value)
+                    self._ask(checkpoint, workers, question, turn)
                 if "cold" in measures:
-                    self._cold(checkpoint, [candidate for candidate, _ in order], turn)
+                    self._cold(checkpoint, workers, turn)
+            for candidate, _ in workers.values():
+                self._note(checkpoint, candidate)
+
+    def _ask(
+        self,
+        checkpoint: Checkpoint,
+        workers: Workers,
+        question: Question,
+        turn: int,
+    ) -> None:
+        for candidate, worker in _in_turn(workers, turn):
+            if question.batch == 1 or candidate.peer.batches:
+                with self._leaving_out(workers, candidate):
+                    value = question.value(worker.ask(**question.request))
+                    measure, x = question.measure, question.x
+                    self._sample(checkpoint, candidate.name, measure, x, turn, value)
+
+    def _cold(self, checkpoint: Checkpoint, workers: Workers, turn: int) -> None:
+        """A fresh process of everyone; the workers wait."""
+        request = next(questions("decode", checkpoint.context)).request
+        for candidate, _ in _in_turn(workers, turn):
+            with self._leaving_out(workers, candidate):
+                command, threads, log = self._serving(candidate)
+                found = first_token(command, request, threads, log.with_suffix(".cold.log"))
+                for measure, value in found.items():
+                    self._sample(checkpoint, candidate.name, measure, 0, turn, value)
+
+    @contextmanager
+    def _leaving_out(self, workers: Workers, candidate: Candidate) -> Iterator[None]:
+        """Whoever fails is named, with the reason, and asked no more."""
+        try:
+            yield
+        except WorkerError as e:
+            workers.pop(candidate.name, None)
+            self._say(f"{candidate.name} is left out: {e}")
 
     def perplexity(
         self, candidates: list[Candidate], checkpoint: Checkpoint, windows: Path
@@ -136,26 +168,20 @@ class Run:
         except WorkerError as e:
             self._say(f"{candidate.name} with {candidate.settings} fails: {e}")
             return float("inf")
-        return min(a["first_s"] + a["rest_s"] for a in answers)
+        return float(min(a["first_s"] + a["rest_s"] for a in answers))
 
-    def _warm(self, stack: ExitStack, candidate: Candidate, asked: list[Question]) -> Worker | None:
-        """A worker that has answered one question already; None, said by name, if it fails."""
-        try:
-            worker = stack.enter_context(started(*self._serving(candidate)))
-            if asked:
-                worker.ask(**asked[0].request)
-        except WorkerError as e:
-            self._say(f"{candidate.name} is left out: {e}")
-            return None
-        return worker
-
-    def _cold(self, checkpoint: Checkpoint, candidates: list[Candidate], turn: int) -> None:
-        question = next(questions("decode", checkpoint.context))
-        for candidate in candidates:
-            command, threads, log = self._serving(candidate)
-            found = first_token(command, question.request, threads, log.with_suffix(".cold.log"))
-            for measure, value in found.items():
-                self._sample(checkpoint, candidate.name, measure, 0, turn, value)
+    def _begin(
+        self,
+        stack: ExitStack,
+        workers: Workers,
+        candidate: Candidate,
+        asked: list[Question],
+    ) -> None:
+        """Start a worker and let it answer one question, to warm up."""
+        worker = stack.enter_context(started(*self._serving(candidate)))
+        if asked:
+            worker.ask(**asked[0].request)
+        workers[candidate.name] = candidate, worker
 
     def _serving(self, candidate: Candidate) -> tuple[list[str], int, Path]:
         shop = self.workshop
@@ -182,3 +208,8 @@ class Run:
     @property
     def _say(self) -> Callable[[str], None]:
         return self.workshop.say
+
+
+def _in_turn(workers: Workers, turn: int) -> list[tuple[Candidate, Worker]]:
+    """Everyone, in the opposite order every second round."""
+    return list(workers.values())[:: -1 if turn % 2 else 1]

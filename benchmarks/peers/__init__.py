@@ -133,7 +133,7 @@ PEERS = (
     Peer(
         "transformers",
         "transformers",
-        ("transformers", "torch"),
+        ("transformers", _TORCH),
         (
             Kind("fp32", 32, {"dtype": "float32"}, scores=True),
             Kind("bf16", 16, {"dtype": "bfloat16"}),
