@@ -56,7 +56,7 @@ def draw_curves(results: Results, target: Path) -> None:
         axes.set_ylabel("decode, tokens/s")
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
-        axes.legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(target, dpi=110)
 
 
