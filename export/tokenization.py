@@ -25,7 +25,7 @@ from gptrt.format import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 END_OF_TEXT = "<|endoftext|>"
 
 # Typographic characters cost two or three byte tokens each and add nothing to a small model.
-_PLAIN = {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "..."}
+PLAIN_PUNCTUATION = {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "..."}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _train_bpe(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """Byte-level BPE as GPT-2 has it: every byte is a token, so any text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     if config.plain_punctuation:
-        replacements = [normalizers.Replace(a, b) for a, b in _PLAIN.items()]
+        replacements = [normalizers.Replace(a, b) for a, b in PLAIN_PUNCTUATION.items()]
         tokenizer.normalizer = normalizers.Sequence(replacements)
     _make_byte_level(tokenizer)
     trainer = trainers.BpeTrainer(

@@ -1,0 +1,1 @@
+"""gptrt beside its peers: `python -m benchmarks run`, from the root of the repository."""

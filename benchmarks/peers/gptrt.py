@@ -1,0 +1,52 @@
+"""gptrt: Generator for one row, Session under it for several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .worker import Rows, Step, call, main
+
+_TEXT = "It was the best of times, it was the worst of times.\n" * 40
+
+
+def build(checkpoint: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Through the command line, as users do. `text`, if given, is what fidelity is measured on."""
+    options = dict(settings)
+    text = options.pop("text", None)
+    if text is None:
+        text = out.with_suffix(".txt")
+        text.write_text(_TEXT)
+    arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    command = [sys.executable, "-c", "from gptrt_export.cli import main; main()", "convert"]
+    command += [str(checkpoint), "--out", str(out), *arguments]
+    command += ["--verify-text", str(text), "--allow-loss", "--json"]
+    call(command)
+
+
+class Gptrt:
+    def __init__(self, path: Path, threads: int, context: int) -> None:
+        del context  # the cache is made as long as the call needs it
+        from gptrt import Generator
+
+        self._generator = Generator(path, device="cpu", threads=threads)
+        self._generator.tokenizer = self._generator.tokenizer.endless()
+        self._session = self._generator.session
+
+    def generate(self, rows: Rows, new: int, step: Step) -> None:
+        if len(rows) == 1:
+            for _ in self._generator.tokens(rows[0], max_new_tokens=new):
+                step()
+            return
+        cache = self._session.new_cache(len(rows[0]) + new, len(rows))
+        for _ in range(new):
+            rows = self._session.run(rows, cache)[:, -1].argmax(axis=-1)[:, None].tolist()
+            step()
+
+    def logits(self, ids: list[int]) -> Any:
+        return self._session.run([ids], self._session.new_cache(len(ids)), keep=0)[0]
+
+
+if __name__ == "__main__":
+    main(build, Gptrt)

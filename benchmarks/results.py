@@ -1,0 +1,97 @@
+"""What a run has measured: every single value, kept as JSON; medians are taken when it is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS_FILE = "results.json"
+BANDWIDTH = "bandwidth"  # of the machine, in GB/s: a measure that no runtime has
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One value. `measure` at `x`, by the runtime `who`, on the model `shape`, in a round.
+
+    decode, context, batch: tokens/s at so many new tokens, at a context length, at a batch size;
+    prefill: tokens/s of a prompt of `x`; cold, load: seconds; memory: 10**6 bytes;
+    perplexity: over `x` tokens; bandwidth: GB/s.
+    """
+
+    shape: str
+    who: str
+    measure: str
+    x: int
+    round: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a runtime on a shape beside its samples."""
+
+    shape: str
+    who: str
+    bits: int
+    bytes: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole run. `skipped` says by name what was left out, and why."""
+
+    date: str
+    machine: str
+    threads: int
+    versions: dict[str, dict[str, str]]  # by peer and package
+    skipped: list[str]
+    parameters: dict[str, int]  # of each shape
+    entries: list[Entry]
+    samples: list[Sample]
+
+    def values(self, shape: str, who: str, measure: str, x: int | None = None) -> list[float]:
+        return [
+            s.value
+            for s in self.samples
+            if (s.shape, s.who, s.measure) == (shape, who, measure) and x in (None, s.x)
+        ]
+
+    def points(self, shape: str, who: str, measure: str) -> list[int]:
+        """Where a measure was taken."""
+        wanted = (shape, who, measure)
+        return sorted({s.x for s in self.samples if (s.shape, s.who, s.measure) == wanted})
+
+    def shapes(self, measure: str) -> list[str]:
+        """Those on which a measure was taken, in order."""
+        return list(dict.fromkeys(s.shape for s in self.samples if s.measure == measure))
+
+    def entries_of(self, shape: str, measure: str) -> Iterator[Entry]:
+        measured = {s.who for s in self.samples if (s.shape, s.measure) == (shape, measure)}
+        return (e for e in self.entries if e.shape == shape and e.who in measured)
+
+    @property
+    def bandwidth(self) -> float:
+        """GB/s, the median over the whole run."""
+        return median(s.value for s in self.samples if s.measure == BANDWIDTH)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def load(paths: list[Path]) -> Results:
+    """Runs that were made in parts, as one: the date and the machine are those of the first."""
+    parts = [json.loads(path.read_text()) for path in paths]
+    entries = [Entry(**e) for part in parts for e in part["entries"]]
+    whole = parts[0] | {
+        "versions": {k: v for part in parts for k, v in part["versions"].items()},
+        "parameters": {k: v for part in parts for k, v in part["parameters"].items()},
+        "skipped": list(dict.fromkeys(line for part in parts for line in part["skipped"])),
+        "entries": list({(e.shape, e.who): e for e in entries}.values()),
+        "samples": [Sample(**s) for part in parts for s in part["samples"]],
+    }
+    return Results(**whole)

@@ -1,0 +1,92 @@
+"""The benchmark, on a tiny shape: what it writes, never how fast anything was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n"
+
+
+def benchmarks(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks") / "results"
+    shapes = ("--shapes", "nano-char", "--sizes", "nano-char")
+    done = benchmarks(
+        "run", "--only", "gptrt", *shapes, "--rounds", 2, "--threads", 1, "--out", folder
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_value_of_every_round_is_kept(out: Path) -> None:
+    results = json.loads((out / "results.json").read_text())
+    assert {e["who"] for e in results["entries"]} == {
+        "gptrt int4",
+        "gptrt int4 throughout",
+        "gptrt int8",
+    }
+    assert all(e["bytes"] > 0 and e["settings"]["quantize"] for e in results["entries"])
+    samples = results["samples"]
+    assert {s["round"] for s in samples} == {0, 1}
+    assert {s["measure"] for s in samples} == {
+        *("decode", "prefill", "cold", "load", "memory", "bandwidth", "context", "batch"),
+    }
+    assert all(s["value"] > 0 for s in samples)
+    assert results["parameters"]["nano-char"] > 500_000
+    assert "onnxruntime" in results["versions"]["gptrt"]
+
+
+def test_the_report_has_a_table_and_the_settings(out: Path) -> None:
+    report = (out / "results.md").read_text()
+    assert "| gptrt int4 |" in report
+    assert "share of limit" in report
+    assert "GB/s" in report
+    assert "- gptrt int4 throughout: quantize int4, head-bits 4" in report
+
+
+def test_the_pictures_are_pictures_and_can_be_drawn_again(out: Path, tmp_path: Path) -> None:
+    done = benchmarks("draw", out, out, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for folder in (out, tmp_path):
+        for name in ("bars.png", "curves.png"):
+            assert (folder / name).read_bytes().startswith(PNG)
+
+
+def test_a_peer_that_is_not_there_is_named_and_left_out(tmp_path: Path) -> None:
+    from benchmarks.peers import Peer
+    from benchmarks.processes import Environments
+
+    absent = Peer("absent", "absent", ("no-such-distribution",), ())
+    assert Environments(tmp_path).versions(absent) is None
+
+
+def test_an_unknown_peer_or_measure_is_refused(tmp_path: Path) -> None:
+    for wrong in (("--only", "nobody"), ("--measures", "colour")):
+        done = benchmarks("run", *wrong, "--out", tmp_path)
+        assert done.returncode == 2
+        assert "choose from" in done.stderr
+
+
+def test_perplexity_predicts_as_many_tokens_as_were_asked_for(
+    tmp_path: Path, run, text_file
+) -> None:  # type: ignore[no-untyped-def]
+    from export.checkpoint import resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(run.path)
+    given = ("--text", text_file, "--window", 32, "--windows", 4, "--threads", 1)
+    done = benchmarks("perplexity", checkpoint, *given, "--only", "gptrt int8", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    samples = json.loads((tmp_path / "results.json").read_text())["samples"]
+    assert {s["x"] for s in samples} == {4 * 32}
+    assert all(1 < s["value"] < 300 for s in samples)
