@@ -15,6 +15,7 @@ def model_card(manifest: Manifest, samples: list[tuple[str, str]]) -> str:
         '    print(gen.generate("Once upon a time", max_new_tokens=60))\n```',
         "## Fidelity",
         _fidelity(manifest.fidelity) if manifest.fidelity else "Not measured.",
+        *_matrices(manifest),
         "## Where it comes from",
         "\n".join(f"- {_words(key)}: {value}" for key, value in manifest.lineage.items()),
         *(["## Samples", _samples(samples)] if samples else []),
@@ -39,13 +40,30 @@ def _summary(manifest: Manifest) -> str:
     )
 
 
+def _matrices(manifest: Manifest) -> list[str]:
+    """Of a mixed bundle what was chosen for each matrix, and why."""
+    stored = manifest.quantization.matrices
+    if not stored:
+        return []
+    lines = [
+        f"| {m.name} | {m.bits} | {m.block_size} | {m.weights:,} | {m.damage:.6f} |" for m in stored
+    ]
+    head = "| matrix | bits | block | weights | damage alone (nats) |\n|---|---|---|---|---|\n"
+    picture = "![sensitivity by layer](sensitivity.png)"
+    return ["## What is stored how", picture, head + "\n".join(lines)]
+
+
 def _fidelity(fidelity: Fidelity) -> str:
+    greedy = "not measured" if fidelity.greedy is None else f"{fidelity.greedy:.1%}"
     return (
         f"Against the PyTorch model in fp32, on {fidelity.tokens:,} tokens of {fidelity.text}:\n\n"
-        "| perplexity | of PyTorch fp32 | ratio | mean KL (nats) | top-1 agreement |\n"
-        "|---|---|---|---|---|\n"
+        "| perplexity | of PyTorch fp32 | ratio | mean KL (nats) | top-1 agreement "
+        "| greedy agreement |\n"
+        "|---|---|---|---|---|---|\n"
         f"| {fidelity.perplexity:.3f} | {fidelity.perplexity_reference:.3f} "
-        f"| {fidelity.perplexity_ratio:.4f} | {fidelity.kl:.5f} | {fidelity.top1:.2%} |"
+        f"| {fidelity.perplexity_ratio:.4f} | {fidelity.kl:.5f} | {fidelity.top1:.2%} "
+        f"| {greedy} |\n\n"
+        "Greedy agreement: of 32 tokens that both add to a prompt, the share before they differ."
     )
 
 

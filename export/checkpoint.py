@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from gptrt.schema import read_json
 from .families import family_for, family_named
 from .model import GPT
 from .tokenization import END_OF_TEXT, load_tokenizer, save_tokenizer
+from .trained_rounding import TrainedRounding
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LINEAGE_FILE = "lineage.json"
+SCALES_FILE, FORMATS_FILE = "quantization.safetensors", "quantization.json"
 POINTER_FILE = "checkpoints.json"  # in a run folder: {"best": folder name, "last": folder name}
 
 
@@ -41,18 +43,33 @@ POINTER_FILE = "checkpoints.json"  # in a run folder: {"best": folder name, "las
 class Checkpoint:
     """A model in memory: what `load_checkpoint` gives and `save_checkpoint` writes.
 
-    `state` bears the names of `GPT`; `lineage` says where the weights come from.
+    `state` bears the names of `GPT`; `lineage` says where the weights come from. With `rounding`
+    the model was trained to be rounded: `state` is then what the rounded matrices are made from.
     """
 
     config: ModelConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer | None
     lineage: dict[str, str]
+    rounding: TrainedRounding | None = None
 
     def model(self, dropout: float = 0.0) -> GPT:
+        """The model to train further."""
         model = GPT(self.config, dropout)
         model.load_state_dict(self.state)
         return model
+
+    def rounded(self) -> Checkpoint:
+        """What the checkpoint computes: its matrices rounded, if it was trained for that."""
+        if self.rounding is None:
+            return self
+        state = self.state | {
+            name: torch.from_numpy(matrix.dequantize())
+            for name, matrix in self.rounding.matrices(self.state).items()
+        }
+        if self.config.tied:
+            state["lm_head.weight"] = state["wte.weight"]
+        return replace(self, state=state, rounding=None)
 
 
 def run_pointer(run: Path) -> dict[str, str]:
@@ -99,19 +116,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state,
         load_tokenizer(folder / TOKENIZER_FILE) if (folder / TOKENIZER_FILE).exists() else None,
         read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
+        _read_rounding(folder),
     )
+
+
+def _read_rounding(folder: Path) -> TrainedRounding | None:
+    if not (folder / FORMATS_FILE).is_file():
+        return None
+    formats = read_json(folder / FORMATS_FILE, error=CheckpointError)
+    tensors = dict(_read_file(folder / SCALES_FILE))
+    return TrainedRounding.read(formats, tensors, str(folder / FORMATS_FILE))
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(
-                f"safetensors in {file}", found=str(e), do="the file is damaged: restore it"
-            ) from e
+        yield from _read_file(file)
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(
+            f"safetensors in {file}", found=str(e), do="the file is damaged: restore it"
+        ) from e
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -159,6 +189,9 @@ def save_checkpoint(
         write_json(temporary / LINEAGE_FILE, checkpoint.lineage)
         if checkpoint.tokenizer is not None:
             save_tokenizer(checkpoint.tokenizer, temporary, checkpoint.config.n_positions)
+        if checkpoint.rounding is not None:
+            save_tensors(checkpoint.rounding.tensors(), temporary / SCALES_FILE)
+            write_json(temporary / FORMATS_FILE, checkpoint.rounding.formats_json())
         for name, content in (extra or {}).items():
             write = save_tensors if name.endswith(".safetensors") else _write_json_to
             write(content, temporary / name)

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gptrt.cli import INTERRUPTED, OneLineErrors
 from gptrt.errors import OptionError
+
+if TYPE_CHECKING:
+    from .quantize import Mode
 
 _path = click.Path(path_type=Path)
 
@@ -37,6 +40,15 @@ def main() -> None:
 @click.option("--max-steps", type=click.IntRange(min=0))
 @click.option("--max-time", type=click.FloatRange(min=0), help="Seconds of training.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any training setting.")
+@click.option(
+    "--quantize",
+    "mode",
+    type=click.Choice(["int8", "int4", "int2"]),
+    help="Train through the rounding of such a bundle.",
+)
+@click.option("--block-size", type=int, help="Weights that share a scale, with --quantize.")
+@click.option("--head-bits", type=int, help="Bits of the vocabulary matrix; those of --quantize.")
+@click.option("--distill", type=click.FloatRange(min=0), help="Weight of learning from --from.")
 def train(
     preset: str | None,
     data: tuple[Path, ...],
@@ -49,14 +61,19 @@ def train(
     max_steps: int | None,
     max_time: float | None,
     settings: tuple[str, ...],
+    mode: Mode | None,
+    block_size: int | None,
+    head_bits: int | None,
+    distill: float | None,
 ) -> None:
     """Train from scratch, fine-tune, or go on where a run stopped.
 
     gptrt-export train --preset nano-char --data input.txt --out runs/nano
+    gptrt-export train --from models/tales --data texts/ --quantize int4 --out runs/int4
     """
     from .progress import ProgressBar
     from .runs import create_run, open_run
-    from .start import plan_run
+    from .start import plan_run, recipe_to_train
     from .train import train as run_training
 
     if resume:
@@ -65,7 +82,10 @@ def train(
             _say(f"resuming {out}: model, data and settings are those that it was started with")
     else:
         texts, held_out, changes = list(data), list(valid), _pairs("--set", settings)
-        plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer)
+        if distill is not None:
+            changes["distill"] = str(distill)
+        recipe = recipe_to_train(mode, block_size, head_bits)
+        plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer, recipe)
         with ProgressBar("preparing") as bar:
             run = create_run(out, plan, bar.update)
     run = run.with_limits(max_steps, max_time)
@@ -124,11 +144,37 @@ def presets() -> None:
 @main.command()
 @click.argument("checkpoint", type=_path)
 @click.option("--out", required=True, type=_path, help="The bundle folder to write.")
-@click.option("--quantize", "mode", type=click.Choice(["none", "fp16", "int8", "int4"]))
+@click.option(
+    "--quantize",
+    "mode",
+    type=click.Choice(["none", "fp16", "int8", "int4", "int2"]),
+    help="int4 if not given; int2 is for models that were trained for it.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["nearest", "k-quant", "hqq", "gptq"]),
+    help="How to round: gptq, with calibration text, for 4 bits and less; nearest for 8.",
+)
 @click.option("--block-size", type=int, help="Weights that share a scale.")
-@click.option("--head-bits", type=click.Choice([4, 8]), help="Bits of the vocabulary matrix.")
+@click.option("--head-bits", type=int, help="Bits of the vocabulary matrix.")
+@click.option(
+    "--symmetric/--asymmetric", default=None, help="Whether blocks have zeros of their own."
+)
+@click.option(
+    "--bits-per-weight",
+    type=click.FloatRange(min=0, min_open=True),
+    help="A budget over all parameters: bits and block are chosen matrix by matrix.",
+)
+@click.option(
+    "--target-ratio",
+    type=click.FloatRange(min=1, min_open=True),
+    help="A budget of perplexity: the smallest bundle within it.",
+)
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), help="Numbers in the KV cache.")
 @click.option("--verify-text", type=_path, help="Text to measure fidelity on.")
+@click.option("--calibration-text", type=_path, help="Other text, to correct rounding errors by.")
+@click.option("--window", type=int, help="Tokens in a row of either text: the context.")
+@click.option("--against", type=_path, help="Another checkpoint to be compared with.")
 @click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
 @click.option("--allow-loss", is_flag=True, help="Write the bundle even if fidelity fails.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -142,6 +188,7 @@ def convert(
     """Convert a checkpoint into a bundle that `gptrt` runs: int4 by default.
 
     gptrt-export convert runs/nano --out bundles/nano --quantize int8
+    gptrt-export convert runs/nano --out bundles/nano --bits-per-weight 4.4
     """
     from . import pipeline
 

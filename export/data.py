@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from gptrt.errors import DataError
 
+from .calibration import Progress, silent
 from .tokenization import END_OF_TEXT
 
 Ids = NDArray[np.int64]
@@ -21,14 +22,6 @@ Ids = NDArray[np.int64]
 TRAIN_IDS, VALID_IDS = "train.bin", "valid.bin"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 _PIECE = 1 << 20  # characters read at a time
-
-Progress = Callable[[float, str], None]  # share of the work done, what it is
-
-
-def silent(share: float, note: str) -> None:
-    """Progress that nobody looks at."""
-    del share, note
-
 
 _DTYPE = np.dtype("<u4")  # one width for every vocabulary: simple, and the disk is patient
 
@@ -214,3 +207,12 @@ def in_order(ids: NDArray[np.uint32], length: int, size: int) -> Iterator[Ids]:
     for first in range(0, count, size):
         starts = range(first * length, min(first + size, count) * length, length)
         yield np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64)
+
+
+def spread_windows(ids: NDArray[np.uint32], length: int, tokens: int) -> Ids:
+    """About `tokens` ids in windows [count, length] from all over `ids`, none overlapping."""
+    length = min(length, len(ids))
+    fitting = len(ids) // length
+    count = max(1, min(fitting, tokens // length))
+    starts = (np.arange(count) * fitting // count) * length
+    return np.stack([ids[s : s + length] for s in starts]).astype(np.int64)

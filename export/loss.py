@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ IGNORED = -100  # a target that does not count, as everywhere in PyTorch
 _CHUNK_VALUES = 1 << 21
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Distillation (https://arxiv.org/abs/1503.02531): `share` times the mean KL divergence in nats
+    from softmax(x @ head.T) of a teacher, x [tokens, n_embd]. Nothing flows back to it."""
+
+    x: Tensor
+    head: Tensor
+    share: float
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of `x @ weight.T`, its gradients taken on the way forward.
 
@@ -23,20 +34,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        lesson: Lesson | None,
+    ) -> Tensor:
         count = (targets != IGNORED).sum().clamp(min=1)
         rows = max(1, _CHUNK_VALUES // weight.shape[0])
         low = weight.to(dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
-        chunks = (torch.split(tensor, rows) for tensor in (x, targets, grad_x))
-        for part, answer, out in zip(*chunks, strict=True):
+        teacher = x if lesson is None else lesson.x
+        chunks = (torch.split(tensor, rows) for tensor in (x, targets, grad_x, teacher))
+        for part, answer, out, shown in zip(*chunks, strict=True):
             part = part.to(dtype)
             log_probs = F.log_softmax((part @ low.T).float(), dim=-1)  # [rows, vocab]
             counts = answer != IGNORED
             index = answer.clamp(min=0).unsqueeze(1)
-            total -= (log_probs.gather(1, index).squeeze(1) * counts).sum()
-            grad = log_probs.exp_()
+            losses = -log_probs.gather(1, index).squeeze(1)
+            grad = log_probs.exp()
+            if lesson is not None:
+                wanted = F.log_softmax((shown.to(dtype) @ lesson.head.to(dtype).T).float(), dim=-1)
+                probs = wanted.exp()
+                losses += lesson.share * (probs * (wanted - log_probs)).sum(-1)
+                grad.add_(grad - probs, alpha=lesson.share)
+            total += (losses * counts).sum()
             grad.scatter_add_(1, index, torch.full_like(grad[:, :1], -1.0))
             grad = grad.mul_((counts / count).unsqueeze(1)).to(dtype)
             torch.mm(grad, low, out=out) if out.dtype == dtype else out.copy_(grad @ low)
@@ -45,16 +70,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grads[0], grad_weight * grads[0], None, None
+        return grad_x * grads[0], grad_weight * grads[0], None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean negative log-likelihood in nats of targets [tokens] under softmax(x @ weight.T).
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    lesson: Lesson | None = None,
+) -> Tensor:
+    """Mean negative log-likelihood in nats of targets [tokens] under softmax(x @ weight.T), plus
+    what the lesson adds.
 
     x is [tokens, n_embd], weight [vocab, n_embd]; the products run in `dtype`, the softmax in
     fp32. Targets of `IGNORED` do not count.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, dtype)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, dtype, lesson)  # type: ignore[no-untyped-call]
     return loss

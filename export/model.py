@@ -122,16 +122,21 @@ class GPT(nn.Module):
     ) -> Tensor:
         """What the head reads: [batch, seq, n_embd]. Positions count from 0 if not given."""
         attend = attend or CausalAttention(self.config)
-        x = self.wte(ids)  # [batch, seq, n_embd]
-        if self.config.positions == "learned":
-            if positions is None:
-                positions = torch.arange(ids.shape[1], device=ids.device)
-            x = x + self.wpe(positions)
-        x = self.dropout(x)
+        x = self.embed(ids, positions)
         for layer, block in enumerate(self.h):
             x = block(x, partial(attend, layer))
         normed: Tensor = self.ln_f(x)
         return normed
+
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the first block reads: [batch, seq, n_embd]."""
+        x: Tensor = self.wte(ids)
+        if self.config.positions == "learned":
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device)
+            x = x + self.wpe(positions)
+        dropped: Tensor = self.dropout(x)
+        return dropped
 
     def _initialize(self) -> None:
         """GPT-2's initialization: N(0, 0.02), projections into the residual stream scaled down

@@ -8,21 +8,25 @@ maps between residual streams, so they stay with AdamW. Both come from PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gptrt.schema import bounded
 
+from .trained_rounding import SCALE_PREFIX
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Learning rates are peaks, reached after warm-up; `matrix_lr` is Muon's."""
+    """Learning rates are peaks, reached after warm-up; `matrix_lr` is Muon's, `scale_lr` that of
+    the logarithms of rounding scales, where a model is trained for its rounding."""
 
     kind: Literal["muon", "adamw"] = "muon"
     lr: float = bounded(0.0, 10.0, default=3e-3)
     matrix_lr: float = bounded(0.0, 10.0, default=0.02)
+    scale_lr: float = bounded(0.0, 10.0, default=1e-3)
     weight_decay: float = bounded(0.0, 10.0, default=0.1)
     beta1: float = bounded(0.0, 1.0, default=0.9)
     beta2: float = bounded(0.0, 1.0, default=0.95)
@@ -32,8 +36,8 @@ class OptimizerConfig:
 class Optimizer:
     """One or two PyTorch optimizers that step as one, their state kept by parameter name."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        named = dict(model.named_parameters())  # a tied matrix appears once
+    def __init__(self, named: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
+        """For parameters by name, a tied one once."""
         matrices = {
             n: p
             for n, p in named.items()
@@ -77,10 +81,13 @@ class Optimizer:
 
 
 def _adamw(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Weight decay on matrices only: norms and biases have no reason to shrink."""
-    groups = [
-        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    """Weight decay on matrices only: norms, biases and scales have no reason to shrink."""
+    scales = [p for n, p in named.items() if n.startswith(SCALE_PREFIX)]
+    rest = [p for n, p in named.items() if not n.startswith(SCALE_PREFIX)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": scales, "weight_decay": 0.0, "lr": config.scale_lr},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from gptrt.format import StoredMatrix
+
+if TYPE_CHECKING:
+    from .sensitivity import Option
 
 
 def plot_losses(log: Path, target: Path) -> None:
@@ -27,6 +33,30 @@ def plot_losses(log: Path, target: Path) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.legend()
     axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+
+
+def plot_sensitivity(
+    options: Mapping[str, Sequence[Option]], chosen: Sequence[StoredMatrix], target: Path
+) -> None:
+    """What each matrix costs in each format, as dots on a logarithmic axis; a ring for the format
+    that was chosen."""
+    figure, axes = new_figure()
+    figure.set_size_inches(7, 1.2 + 0.19 * len(options))
+    rows = {name: -number for number, name in enumerate(options)}
+    formats = dict.fromkeys(option.format for found in options.values() for option in found)
+    floor = 1e-6
+    for fmt in sorted(formats, key=lambda f: f.bits_per_weight):
+        dots = [o for found in options.values() for o in found if o.format == fmt]
+        x, y = [max(o.damage, floor) for o in dots], [rows[o.name] for o in dots]
+        axes.plot(x, y, "o", markersize=4, label=f"{fmt.bits} bits, block {fmt.block_size}")
+    x, y = [max(m.damage, floor) for m in chosen], [rows[m.name] for m in chosen]
+    axes.plot(x, y, "o", color="black", fillstyle="none", markersize=8, label="chosen")
+    axes.set_xscale("log")
+    axes.set_yticks(list(rows.values()), list(rows), fontsize=6)
+    axes.set_xlabel("damage of this matrix alone (KL, nats a token)")
+    axes.legend(fontsize=7, loc="lower right")
+    axes.grid(axis="x", alpha=0.3)
     figure.savefig(target, dpi=120)
 
 

@@ -6,7 +6,7 @@ trained model to three digits, so a bundle can be shipped alone and still be tau
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ import torch
 from gptrt.errors import CheckpointError
 from gptrt.format import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 
+from .blocks import BlockFormat, BlockMatrix, unpack
 from .checkpoint import Checkpoint, load_checkpoint
 from .graph import PARAMETER_PREFIX
 from .model import GPT
-from .quantize import PACKED_SUFFIX, BlockFormat, BlockMatrix, products
+from .nbits import PACKED_SUFFIX, products
 from .tokenization import load_tokenizer
+
+_MATRIX_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
 
 
 def load_checkpoint_or_bundle(path: Path) -> Checkpoint:
@@ -35,9 +38,9 @@ def load_bundle(path: Path) -> Checkpoint:
     bundle = open_bundle(path)
     manifest = bundle.manifest
     graph = ir.load(bundle.file(GRAPH_FILE)).graph
-    found = dict(_plain(graph)) | dict(_quantized(graph))
     with torch.device("meta"):
         wanted = dict(GPT(manifest.model).named_parameters())
+    found = dict(_plain(graph)) | dict(_quantized(graph, wanted))
     if "wte.weight" not in found:  # tied, it bears one of its two names
         found["wte.weight"] = found.pop("lm_head.weight", None)
     if missing := [name for name in wanted if found.get(name) is None]:
@@ -62,17 +65,27 @@ def _plain(graph: ir.Graph) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix(PARAMETER_PREFIX), values.T if name in turned else values
 
 
-def _quantized(graph: ir.Graph) -> Iterator[tuple[str, Any]]:
+def _quantized(
+    graph: ir.Graph, wanted: Mapping[str, torch.nn.Parameter]
+) -> Iterator[tuple[str, Any]]:
     """Parameters stored in blocks, [out, in]."""
     for node in graph:
-        if node.op_type == "MatMulNBits" and node.inputs[1] is not None and node.inputs[2]:
-            fmt = BlockFormat(
-                node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-            )
-            packed, scales = (_array(value) for value in node.inputs[1:3] if value is not None)
-            matrix = BlockMatrix(fmt, node.attributes["K"].as_int(), packed, scales)
-            name = str(node.inputs[1].name).removesuffix(PACKED_SUFFIX)
-            yield name.removeprefix(PARAMETER_PREFIX), matrix.dequantize()
+        if node.op_type not in _MATRIX_INPUT:
+            continue
+        packed = node.inputs[_MATRIX_INPUT[node.op_type]]
+        assert packed is not None
+        stored = str(packed.name).partition(PACKED_SUFFIX)[0]
+        name = stored.removeprefix(PARAMETER_PREFIX)
+        columns = wanted["wte.weight" if name not in wanted else name].shape[1]
+        scales, zeros = (graph.initializers.get(stored + end) for end in ("_scales", "_zeros"))
+        if scales is None:
+            continue  # not a bundle of ours: the parameter will be found missing
+        bits, size = (node.attributes[key].as_int() for key in ("bits", "block_size"))
+        fmt = BlockFormat(bits, size, symmetric=zeros is None)
+        steps = _array(scales)
+        own_zeros = None if zeros is None else unpack(_array(zeros), bits)[:, : steps.shape[1]]
+        matrix = BlockMatrix(fmt, columns, _array(packed), steps, own_zeros)
+        yield name, matrix.dequantize()
 
 
 def _array(value: ir.Value) -> Any:

@@ -6,6 +6,7 @@ RUN/step-00000400/     checkpoints, each a Hugging Face folder plus the state of
 RUN/checkpoints.json   which of them is the best and which the last
 RUN/log.jsonl          one line a step, one line an evaluation
 RUN/loss.png           the curves
+RUN/teacher/           with distillation, the checkpoint to learn from
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gptrt.format import ModelConfig
 from gptrt.schema import bounded, decode, read_json
 
 from . import data
+from .calibration import Progress, silent
 from .checkpoint import (
     POINTER_FILE,
     Checkpoint,
@@ -40,11 +42,15 @@ from .checkpoint import (
 )
 from .model import GPT
 from .optimizer import OptimizerConfig
+from .quantize import Recipe, quantize_model
 from .tokenization import TokenizerConfig, train_tokenizer
+from .trained_rounding import TrainedRounding, pulled_into_cells
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
+TEACHER_FOLDER = "teacher"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 _HELD_OUT = 0.1
+_START_TOKENS = 1 << 15  # of training text, to round by before training for rounding begins
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class TrainConfig:
     patience: int | None = bounded(1, 1 << 20, default=None)  # evaluations without a gain
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = bounded(0, 1 << 62, default=0)
+    distill: float = bounded(0.0, 1e3, default=0.0)  # weight of KL(start || model) in the loss
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -130,6 +137,7 @@ class Run:
         *,
         best: bool,
         valid_loss: float | None = None,
+        rounding: TrainedRounding | None = None,
     ) -> None:
         """Add a checkpoint, point at it, and only then remove those that nothing points at."""
         name = f"step-{state.step:08d}"
@@ -140,7 +148,7 @@ class Run:
         }
         if valid_loss is not None:
             lineage["validation_perplexity"] = f"{math.exp(valid_loss):.2f}"
-        checkpoint = Checkpoint(self.config.model, weights, tokenizer, lineage)
+        checkpoint = Checkpoint(self.config.model, weights, tokenizer, lineage, rounding)
         extra: dict[str, Any] = {STATE_FILE: asdict(state)}
         if moments:
             extra[OPTIMIZER_FILE] = moments
@@ -194,9 +202,10 @@ class RunPlan:
     texts: list[Path]
     held_out: list[Path]
     device: Literal["cpu", "cuda"]
+    recipe: Recipe | None = None  # to train for the rounding of such a bundle
 
 
-def create_run(path: Path, plan: RunPlan, progress: data.Progress = data.silent) -> Run:
+def create_run(path: Path, plan: RunPlan, progress: Progress = silent) -> Run:
     """Prepare data, tokenizer and the first checkpoint of a run at `path`, all of it or nothing.
 
     Raises TargetError if something else is there already.
@@ -212,7 +221,7 @@ def create_run(path: Path, plan: RunPlan, progress: data.Progress = data.silent)
     return open_run(path)
 
 
-def _fill(folder: Path, plan: RunPlan, progress: data.Progress) -> None:
+def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     base = plan.start if isinstance(plan.start, Checkpoint) else None
     tokenizer = base.tokenizer if base else _tokenizer(plan, progress)
     if tokenizer is None:
@@ -228,10 +237,26 @@ def _fill(folder: Path, plan: RunPlan, progress: data.Progress) -> None:
     lineage = _lineage(base, plan, counts)
     run = Run(folder, RunConfig(model, plan.train, plan.device, lineage, base is not None))
     write_json(folder / RUN_FILE, asdict(run.config))
-    run.save(weights, {}, tokenizer, State(), best=True)
+    if plan.train.distill and base is not None:
+        save_checkpoint(base.rounded(), folder / TEACHER_FOLDER)
+    rounding = base.rounding if base else None
+    if plan.recipe is not None:
+        weights, rounding = _start_rounding(run, weights, plan.recipe, progress)
+    run.save(weights, {}, tokenizer, State(), best=True, rounding=rounding)
 
 
-def _tokenizer(plan: RunPlan, progress: data.Progress) -> Tokenizer:
+def _start_rounding(
+    run: Run, weights: dict[str, torch.Tensor], recipe: Recipe, progress: Progress
+) -> tuple[dict[str, torch.Tensor], TrainedRounding]:
+    """Training for rounding begins where error correction ends."""
+    config, train = run.config.model, run.config.train
+    windows = data.spread_windows(data.open_ids(run.train_ids), train.seq_len, _START_TOKENS)
+    model = Checkpoint(config, weights, None, {}).model()
+    matrices = quantize_model(model, recipe.formats(config), "gptq", windows, progress)
+    return pulled_into_cells(weights, matrices), TrainedRounding.start(matrices)
+
+
+def _tokenizer(plan: RunPlan, progress: Progress) -> Tokenizer:
     if isinstance(plan.tokenizer, Tokenizer):
         return plan.tokenizer
     pieces = data.read_all(plan.texts, progress, "learning a tokenizer")
@@ -239,7 +264,7 @@ def _tokenizer(plan: RunPlan, progress: data.Progress) -> Tokenizer:
 
 
 def _write_data(
-    folder: Path, tokenizer: Tokenizer, plan: RunPlan, progress: data.Progress
+    folder: Path, tokenizer: Tokenizer, plan: RunPlan, progress: Progress
 ) -> tuple[int, int]:
     """Token counts (train, valid); named validation files win over a share held out."""
     train, valid = folder / data.TRAIN_IDS, folder / data.VALID_IDS

@@ -14,9 +14,11 @@ from gptrt.errors import DeviceError, OptionError
 from gptrt.format import ModelConfig
 from gptrt.schema import decode
 
+from .blocks import DEFAULT_BLOCK
 from .data import find_texts
 from .optimizer import OptimizerConfig
 from .presets import Preset, load_preset, preset_names
+from .quantize import BITS, Mode, Recipe
 from .reopen import load_checkpoint_or_bundle
 from .runs import RunPlan, TrainConfig
 from .tokenization import TokenizerConfig, open_tokenizer
@@ -32,6 +34,7 @@ def plan_run(
     device: str,
     settings: dict[str, str],
     tokenizer: Path | None = None,
+    recipe: Recipe | None = None,
 ) -> RunPlan:
     """Raises a GptrtError for a preset, checkpoint, text, device or setting that is not there."""
     if preset is None and checkpoint is None:
@@ -44,18 +47,43 @@ def plan_run(
         raise OptionError(
             "--tokenizer for a model from scratch", found="--from as well", do="leave one out"
         )
+    if recipe is not None and checkpoint is None:
+        raise OptionError(
+            "--from, a trained model to make ready for rounding", found="none", do="train it first"
+        )
     start = load_checkpoint_or_bundle(checkpoint) if checkpoint else None
     model = start.config if start else chosen.model if chosen else None
     assert model is not None
     train = chosen.train if chosen and not start else fine_tuning(model)
+    train = with_settings(train, settings)
+    if train.distill and start is None:
+        raise OptionError(
+            "--from, the model to learn from", found="distill without it", do="leave distill out"
+        )
     return RunPlan(
-        train=with_settings(train, settings),
+        train=train,
         start=start or model,
         tokenizer=_tokenizer(tokenizer, chosen),
         texts=find_texts(texts),
         held_out=find_texts(held_out) if held_out else [],
         device=choose_device(device),
+        recipe=recipe,
     )
+
+
+def recipe_to_train(
+    mode: Mode | None, block_size: int | None, head_bits: int | None
+) -> Recipe | None:
+    """Training can afford what rounding alone cannot: the head in as few bits as the rest."""
+    if mode is None:
+        if block_size or head_bits:
+            raise OptionError(
+                "--quantize int8, int4 or int2",
+                found="--block-size or --head-bits without it",
+                do="add it or leave them out",
+            )
+        return None
+    return Recipe(mode, block_size=block_size or DEFAULT_BLOCK, head_bits=head_bits or BITS[mode])
 
 
 def _tokenizer(path: Path | None, preset: Preset | None) -> TokenizerConfig | Tokenizer:

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from gptrt.errors import TrainingError
 
+from .checkpoint import load_checkpoint
 from .data import Windows, in_order, open_ids
-from .loss import linear_cross_entropy
+from .loss import Lesson, linear_cross_entropy
 from .model import GPT
 from .optimizer import Optimizer
 from .plots import plot_losses
 from .progress import ProgressBar
-from .runs import PLOT_FILE, Run, State, TrainConfig, tokens_per_step, truncate_log
+from .runs import PLOT_FILE, TEACHER_FOLDER, Run, State, TrainConfig, tokens_per_step, truncate_log
+from .trained_rounding import hidden_with
 
 # bfloat16 halves the time of a wide product and costs two casts, which eat the gain below this.
 _BF16_MIN_WIDTH = 192
@@ -111,7 +113,12 @@ class Trainer:
         self.tokenizer = checkpoint.tokenizer
         self.device = torch.device(run.config.device)
         self.model: GPT = checkpoint.model(self.config.dropout).to(self.device)
-        self.optimizer = Optimizer(self.model, self.config.optimizer)
+        self.rounding = checkpoint.rounding.to(self.device) if checkpoint.rounding else None
+        self.teacher = _teacher(run).to(self.device) if self.config.distill else None
+        learning = dict(self.model.named_parameters())  # a tied matrix appears once
+        if self.rounding is not None:
+            learning |= self.rounding.parameters()
+        self.optimizer = Optimizer(learning, self.config.optimizer)
         self.optimizer.load({name: t.to(self.device) for name, t in moments.items()})
         self.dtype = compute_dtype(self.config, run.config.model.n_embd, self.device)
         self.windows = Windows(open_ids(run.train_ids), self.config.seq_len, self.config.seed)
@@ -143,7 +150,7 @@ class Trainer:
         loss = 0.0
         for micro in range(config.grad_accum):
             ids = self.windows.batch(step * config.grad_accum + micro, config.batch_size)
-            part = self._loss(torch.from_numpy(ids)) / config.grad_accum
+            part = self._loss(torch.from_numpy(ids), distill=config.distill) / config.grad_accum
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         if not math.isfinite(loss):
@@ -196,22 +203,44 @@ class Trainer:
         assert self.tokenizer is not None
         weights, moments = self.model.state_dict(), self.optimizer.state()
         self.run.save(
-            weights, moments, self.tokenizer, self.state, best=best, valid_loss=valid_loss
+            weights,
+            moments,
+            self.tokenizer,
+            self.state,
+            best=best,
+            valid_loss=valid_loss,
+            rounding=self.rounding,
         )
 
-    def _loss(self, ids: Tensor) -> Tensor:
+    def _loss(self, ids: Tensor, distill: float = 0.0) -> Tensor:
         ids = ids.to(self.device, non_blocking=True)  # [batch, seq + 1]
+        inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
         with self._autocast():
-            hidden = self.model.hidden(ids[:, :-1])
-        targets = ids[:, 1:].flatten()
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.lm_head.weight, targets, self.dtype
-        )
+            hidden, head = self._hidden_and_head(inputs)
+            lesson = self._lesson(inputs, distill) if distill else None
+        return linear_cross_entropy(hidden.flatten(0, 1), head, targets, self.dtype, lesson)
+
+    @torch.no_grad()
+    def _lesson(self, inputs: Tensor, share: float) -> Lesson:
+        assert self.teacher is not None, "a run with distillation has one"
+        return Lesson(self.teacher.hidden(inputs).flatten(0, 1), self.teacher.lm_head.weight, share)
+
+    def _hidden_and_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rounding is None:
+            return self.model.hidden(ids), self.model.lm_head.weight
+        weights = self.rounding.weights(self.model)
+        head = weights["wte.weight" if self.model.config.tied else "lm_head.weight"]
+        return hidden_with(self.model, weights, ids), head
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def _teacher(run: Run) -> GPT:
+    """What a run with distillation learns from: the model that it started from."""
+    return load_checkpoint(run.path / TEACHER_FOLDER).model().eval().requires_grad_(False)
 
 
 def learning_rate_scale(step: int, share: float, config: TrainConfig) -> float:

@@ -19,8 +19,8 @@ from .model import GPT
 
 Ids = NDArray[np.uint32]
 
-DEFAULT_TOKENS = 16_384
 _LOGITS_BYTES = 64 << 20  # of one batch of windows
+_GREEDY_PROMPTS, _GREEDY_PROMPT, _GREEDY_LENGTH = 16, 32, 32
 _GOLDEN_PROMPT, _GOLDEN_LENGTH, _GOLDEN_COUNT = 16, 32, 3
 # Kernels of two processors differ in the last bits; a lead below this could turn there.
 _CLEAR_LEAD = 0.05
@@ -32,16 +32,17 @@ def measure(
     ids: Ids,
     *,
     text: str,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int,
+    window: int | None = None,
 ) -> Fidelity:
     """Perplexities, mean KL divergence and top-1 agreement over the first `tokens` of `ids`.
 
-    Windows of the whole context, none overlapping; every position of a window predicts the next
-    id. Raises DataError if there are less than two ids.
+    Windows of `window` ids, or of the whole context, none overlapping; every position of a window
+    predicts the next id. Raises DataError if there are less than two ids.
     """
     if len(ids) < 2:
         raise DataError("text of two tokens or more", found=f"{len(ids)}", do="give a longer text")
-    length = min(model.config.n_positions, len(ids) - 1)
+    length = min(window or model.config.n_positions, len(ids) - 1)
     count = max(1, min(tokens, len(ids) - 1) // length)
     size = max(1, _LOGITS_BYTES // (4 * length * model.config.vocab_size))
     sums = np.zeros(4)
@@ -56,6 +57,7 @@ def measure(
         perplexity_ratio=_exp(nll - nll_reference),
         kl=float(kl),
         top1=float(agree),
+        greedy=greedy_agreement(session, model, ids[: count * length]),
     )
 
 
@@ -82,6 +84,26 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 def _nll(log_probs: Tensor, targets: Tensor) -> float:
     return -log_probs.gather(-1, targets[..., None]).double().sum().item()
+
+
+@torch.no_grad()
+def greedy_agreement(session: Session, model: GPT, ids: Ids) -> float:
+    """How much of a greedy continuation both share before they differ: the mean share over prompts
+    from all over the text."""
+    context = model.config.n_positions
+    length = min(_GREEDY_PROMPT, context // 2, len(ids))
+    new = min(_GREEDY_LENGTH, context - length)
+    starts = np.linspace(0, len(ids) - length, _GREEDY_PROMPTS).astype(int)
+    prompts = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
+    cache = session.new_cache(length + new, batch=len(prompts))
+    step, text, found = prompts, torch.from_numpy(prompts), []
+    for _ in range(new):
+        step = session.run(step, cache)[:, -1].argmax(-1)[:, None]
+        found.append(step)
+        best = model.lm_head(model.hidden(text)[:, -1]).argmax(-1, keepdim=True)
+        text = torch.cat((text, best), dim=1)
+    same = np.concatenate(found, axis=1) == text[:, length:].numpy()  # [prompts, new]
+    return float(np.cumprod(same, axis=1).mean())
 
 
 def golden_prompts(session: Session, ids: Ids, context: int) -> tuple[Golden, ...]:

@@ -110,15 +110,28 @@ class CacheLayout:
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the matrices are stored. `head_bits` is the (tied) vocabulary matrix."""
+class StoredMatrix:
+    """One matrix of a mixed bundle; `damage` is what rounding it alone costs, in nats of KL."""
 
-    mode: Literal["none", "fp16", "int8", "int4"]
+    name: str
+    bits: int = bounded(2, 32)
+    block_size: int = bounded(1, 1 << 16)
+    weights: int = bounded(1, 1 << 40)
+    damage: float = bounded(-1e6, 1e6)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrices are stored. `head_bits` is the (tied) vocabulary matrix; `matrices` is the
+    table of a bundle whose matrices were chosen one by one, else empty."""
+
+    mode: Literal["none", "fp16", "int8", "int4", "int2"]
     method: str
     bits: int = bounded(2, 32)
     head_bits: int = bounded(2, 32)
     block_size: int = bounded(0, 1 << 16)  # 0 where nothing is quantized
-    bits_per_weight: float = bounded(0.0, 64.0)  # of all matrices, scales included
+    bits_per_weight: float = bounded(0.0, 64.0)  # over all parameters, scales included
+    matrices: tuple[StoredMatrix, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,8 @@ class Fidelity:
     """What verification measured, on `tokens` predicted tokens of `text`.
 
     `kl` is the mean over positions of KL(reference || bundle) in nats; `top1` the share of
-    positions where both have the same most likely token.
+    positions where both have the same most likely token; `greedy` the share of tokens before both
+    differ, when both continue the same prompts greedily (None: an older bundle did not measure it).
     """
 
     text: str
@@ -136,6 +150,7 @@ class Fidelity:
     perplexity_ratio: float = bounded(0.0, 1e30)
     kl: float = bounded(-1.0, 1e6)
     top1: float = bounded(0.0, 1.0)
+    greedy: float | None = bounded(0.0, 1.0, default=None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""Quantized matrices in a decoder graph: MatMul becomes MatMulNBits, Gather becomes
+GatherBlockQuantized.
+
+A matrix that is both embedding and head is stored once and read by both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .blocks import BlockMatrix
+from .graph import PARAMETER_PREFIX
+
+MICROSOFT = "com.microsoft"
+PACKED_SUFFIX = "_quantized"  # of a matrix's integers; the rest of the name is the parameter's
+_INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: products in int8, sums in int32
+
+
+@dataclass(frozen=True)
+class Product:
+    """A MatMul by a constant in the graph. `weight` is [in, out], or [out, in] if transposed."""
+
+    node: ir.Node
+    weight: ir.Value
+    transpose: ir.Node | None
+
+
+def products(graph: ir.Graph) -> Iterator[Product]:
+    """Every MatMul of an activation by a constant matrix."""
+    for node in graph:
+        if node.op_type != "MatMul" or node.inputs[1] is None:
+            continue
+        weight, transpose = node.inputs[1], None
+        producer = weight.producer()
+        if producer is not None and producer.op_type == "Transpose" and producer.inputs[0]:
+            weight, transpose = producer.inputs[0], producer
+        if weight.const_value is not None and len(weight.const_value.shape) == 2:
+            yield Product(node, weight, transpose)
+
+
+def store_matrices(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None:
+    """Put `matrices`, by parameter name, in place of the constants of `model`."""
+    graph = model.graph
+    model.opset_imports[MICROSOFT] = 1
+    stored: dict[str, BlockMatrix] = {}
+    for name in list(graph.initializers):
+        if (matrix := _find(matrices, name)) is not None:
+            stored[name] = matrix
+            _add_constants(graph, name, matrix)
+    for product in list(products(graph)):
+        name = str(product.weight.name)
+        if name in stored:
+            _replace_product(graph, product, stored[name])
+    for node in list(graph):
+        if node.op_type == "Gather" and node.inputs[0] is not None:
+            name = str(node.inputs[0].name)
+            if name in stored:
+                _replace_gather(graph, node, stored[name], name)
+    _remove_unused(graph, stored)
+
+
+def _find(matrices: Mapping[str, BlockMatrix], name: str) -> BlockMatrix | None:
+    """The matrix of a constant; a tied one may bear the name of the head."""
+    parameter = name.removeprefix(PARAMETER_PREFIX)
+    if parameter == "lm_head.weight" and parameter not in matrices:
+        parameter = "wte.weight"
+    return matrices.get(parameter)
+
+
+def _names(name: str) -> tuple[str, str, str]:
+    return name + PACKED_SUFFIX, name + "_scales", name + "_zeros"
+
+
+def _add_constants(graph: ir.Graph, name: str, matrix: BlockMatrix) -> None:
+    arrays = (matrix.packed, matrix.scales, matrix.packed_zeros)
+    for key, array in zip(_names(name), arrays, strict=True):
+        if array is not None:
+            graph.initializers.add(ir.Value(name=key, const_value=ir.tensor(array, name=key)))
+
+
+def _replace_product(graph: ir.Graph, product: Product, matrix: BlockMatrix) -> None:
+    """MatMul, and the bias that follows it, become one MatMulNBits."""
+    node, fmt = product.node, matrix.format
+    packed, scales, zeros = (
+        graph.initializers.get(key) for key in _names(str(product.weight.name))
+    )
+    last, bias = node, _bias_after(node)
+    if bias is not None:
+        last = next(iter(node.outputs[0].uses()))[0]
+    attributes = {
+        "K": matrix.columns,
+        "N": len(matrix.scales),
+        "bits": fmt.bits,
+        "block_size": fmt.block_size,
+        "accuracy_level": _INT8_ACTIVATIONS,
+    }
+    inputs = [node.inputs[0], packed, scales, zeros, None, bias]  # None: none; the fifth, an order
+    while inputs[-1] is None:
+        inputs.pop()
+    new = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
+    _substitute(graph, last, new, also=[node] if last is not node else [])
+
+
+def _bias_after(node: ir.Node) -> ir.Value | None:
+    """The constant vector that is added to the product and nothing else, if there is one."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or uses[0][0].op_type != "Add" or node.outputs[0].is_graph_output():
+        return None
+    add, index = uses[0]
+    other = add.inputs[1 - index]
+    constant = other.const_value if other is not None else None
+    return other if constant is not None and len(constant.shape) == 1 else None
+
+
+def _replace_gather(graph: ir.Graph, node: ir.Node, matrix: BlockMatrix, name: str) -> None:
+    """Rows of the shared matrix: [..., blocks, block_size] come back, made [..., columns]."""
+    packed, scales = (graph.initializers[key] for key in _names(name)[:2])
+    axis = _constant(graph, f"{name}_axis", np.array([2], np.int64))
+    wide = _constant(graph, f"{name}_row", np.array([0, 0, -1], np.int64))
+    column_scales = ir.node("Unsqueeze", [scales, axis])
+    rows = ir.node(
+        "GatherBlockQuantized",
+        [packed, node.inputs[1], column_scales.outputs[0]],
+        {
+            "bits": matrix.format.bits,
+            "block_size": matrix.format.block_size,
+            "gather_axis": 0,
+            "quantize_axis": 2,
+        },
+        domain=MICROSOFT,
+    )
+    new = [column_scales, rows, ir.node("Reshape", [rows.outputs[0], wide])]
+    if matrix.scales.shape[1] * matrix.format.block_size > matrix.columns:  # padded
+        bounds = [
+            _constant(graph, f"{name}_{key}", np.array([value], np.int64))
+            for key, value in (("from", 0), ("to", matrix.columns), ("last", -1))
+        ]
+        new.append(ir.node("Slice", [new[-1].outputs[0], *bounds]))
+    _substitute(graph, node, *new)
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray[np.int64]) -> ir.Value:
+    if name not in graph.initializers:
+        graph.initializers.add(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]
+
+
+def _substitute(
+    graph: ir.Graph, old: ir.Node, *new: ir.Node, also: list[ir.Node] | None = None
+) -> None:
+    """Put `new` where `old` stood; the last of them gives what `old` gave, under its name."""
+    ir.convenience.replace_nodes_and_values(
+        graph, old, [*(also or []), old], list(new), old.outputs, new[-1].outputs
+    )
+
+
+def _remove_unused(graph: ir.Graph, stored: dict[str, BlockMatrix]) -> None:
+    for node in list(graph):
+        if node.op_type == "Transpose" and not node.outputs[0].uses():
+            graph.remove(node, safe=True)
+    for name in stored:
+        if not graph.initializers[name].uses():
+            graph.initializers.pop(name)

@@ -1,0 +1,114 @@
+"""Which text a conversion calibrates on, and which it is judged by: never the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptrt.errors import CheckpointError, DataError
+from gptrt.format import ModelConfig
+
+from .checkpoint import Checkpoint
+from .data import TRAIN_IDS, VALID_IDS, open_ids, read_pieces
+from .runs import DATA_FOLDER
+
+Ids = NDArray[np.uint32]
+
+DEFAULT_TOKENS = 16_384  # to verify on
+_MOST_CALIBRATION, _LEAST_CALIBRATION = 1 << 16, 1 << 10
+_SPREAD = 16  # times as much text is read as is used: windows come from all over it
+_CALIBRATION_WORK = 6e11  # weights times tokens: minutes on two cores, whatever the model's size
+
+
+@dataclass(frozen=True)
+class Texts:
+    """`verify` is text that neither training nor calibration has seen."""
+
+    verify: Ids
+    name: str
+    calibration: Ids | None
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What a user names; None leaves it to the run folder, or to the rest of the other file."""
+
+    verify: Path | None = None
+    calibration: Path | None = None
+    verify_tokens: int = DEFAULT_TOKENS
+
+
+def choose_texts(
+    source: Path, checkpoint: Checkpoint, files: TextFiles, *, calibrate: bool
+) -> Texts:
+    """The ids for a conversion of the checkpoint at `source`.
+
+    A run folder brings both: what it was trained on and what it has held out. A file to verify on
+    gives its first tokens, and its rest for calibration where no other is named. Raises DataError.
+    """
+    if checkpoint.tokenizer is None:
+        raise CheckpointError(f"tokenizer.json in {source}", found="none", do="add the file")
+    trained_on, held_out = (source / DATA_FOLDER / name for name in (TRAIN_IDS, VALID_IDS))
+    wanted = calibration_tokens(checkpoint.config)
+    own = files.calibration is not None and not _same(files.calibration, files.verify)
+    rest = np.zeros(0, np.uint32)
+    if files.verify is not None:
+        tokens = files.verify_tokens
+        ids = _read(checkpoint, files.verify, tokens + _SPREAD * wanted if calibrate else tokens)
+        shared = calibrate and not own and not trained_on.is_file()
+        verify, rest = _split(ids, tokens, halve=shared)
+        name = files.verify.name
+    elif held_out.is_file():
+        verify, name = open_ids(held_out), "the run's held-out text"
+    else:
+        raise DataError(
+            "text to verify on (a run folder brings its own)",
+            found=f"a checkpoint without it, {source}",
+            do="give --verify-text FILE, text of the kind that the model is for",
+        )
+    if not calibrate:
+        return Texts(verify, name, None)
+    if own and files.calibration is not None:
+        found = _read(checkpoint, files.calibration, _SPREAD * wanted)
+    elif trained_on.is_file():
+        found = open_ids(trained_on)
+    else:
+        found = rest
+    _check_length(found, checkpoint.config)
+    return Texts(verify, name, found)
+
+
+def calibration_tokens(config: ModelConfig) -> int:
+    """Tokens to calibrate on: many for a small model, fewer where each takes long."""
+    size = config.n_layer * config.n_embd * (4 * config.n_embd + 2 * config.n_inner)
+    return max(1 << 13, min(_MOST_CALIBRATION, int(_CALIBRATION_WORK / size)))
+
+
+def _read(checkpoint: Checkpoint, path: Path, tokens: int) -> Ids:
+    assert checkpoint.tokenizer is not None
+    pieces = (checkpoint.tokenizer.encode(p).ids for p in read_pieces(path))
+    return np.fromiter(islice(chain.from_iterable(pieces), tokens + 1), np.uint32)
+
+
+def _split(ids: Ids, tokens: int, *, halve: bool) -> tuple[Ids, Ids]:
+    """What to verify on, and what is left: the half of a text that is short, if it is needed."""
+    cut = min(tokens + 1, len(ids) // 2 if halve else len(ids))
+    return ids[:cut], ids[cut:]
+
+
+def _same(a: Path, b: Path | None) -> bool:
+    return b is not None and a.exists() and b.exists() and a.samefile(b)
+
+
+def _check_length(ids: Ids, config: ModelConfig) -> None:
+    least = max(_LEAST_CALIBRATION, config.n_embd, config.n_inner)
+    if len(ids) < least:
+        raise DataError(
+            f"text of {least} tokens or more to calibrate on, not the one to verify on",
+            found=f"{len(ids)} tokens",
+            do="give a longer --calibration-text FILE, or choose --method nearest",
+        )

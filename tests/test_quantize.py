@@ -1,0 +1,269 @@
+"""Quantization: what is stored, what error correction gains, how budgets are kept, what training
+for rounding promises, and what is refused before the work begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from export.blocks import BITS, BlockFormat, Grid, least_squares_grid
+from export.calibration import tied
+from export.checkpoint import load_checkpoint
+from export.cli import main as gptrt_export
+from export.loss import Lesson, linear_cross_entropy
+from export.model import GPT
+from export.pipeline import ConvertOptions, convert
+from export.quantize import Recipe, average_bits, matrix_shapes
+from export.reopen import load_bundle
+from export.rounding import DATA_FREE, Moments, error_corrected, nearest
+from export.runs import Run, create_run, open_run
+from export.sensitivity import Option, formats_of, plan_for_bits, plan_for_damage
+from export.start import plan_run
+from export.texts import TextFiles, choose_texts
+from export.train import train
+from gptrt.errors import OptionError
+from gptrt.format import read_manifest
+
+from .conftest import GPT2_SHAPE, assert_refused, run_cli, scrambled
+from .test_train import QUIET, losses
+
+WEIGHT = np.random.default_rng(0).standard_normal((24, 200)).astype(np.float32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_integers_of_a_grid_survive_packing_and_lie_nearest(bits: int, symmetric: bool) -> None:
+    grid = least_squares_grid(WEIGHT, BlockFormat(bits, 64, symmetric))
+    matrix = grid.matrix(grid.integers(WEIGHT), WEIGHT.shape[1])
+    found = matrix.dequantize()
+    assert found.shape == WEIGHT.shape
+    again = Grid(grid.format, grid.scales, grid.zeros).integers(found)
+    assert np.array_equal(again, grid.integers(WEIGHT))
+    bits_a_weight = 8 * matrix.nbytes / (24 * 256)  # 200 columns are stored as 256
+    assert bits_a_weight == pytest.approx(grid.format.bits_per_weight, abs=0.1)
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_a_zero_block_and_a_constant_block_stay_what_they_are(method: str) -> None:
+    weight = np.zeros((4, 64), np.float32)
+    weight[1] = 0.5
+    symmetric = method == "nearest"
+    found = DATA_FREE[method](weight, BlockFormat(4, 32, symmetric)).dequantize()  # type: ignore[index]
+    np.testing.assert_allclose(found, weight, atol=0.04)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_error_correction_loses_less_than_plain_rounding_on_inputs_like_those_it_saw(
+    bits: int,
+) -> None:
+    random = np.random.default_rng(1)
+    mix = random.standard_normal((200, 200)) * random.random(200)
+    seen, unseen = (
+        torch.from_numpy((random.standard_normal((2000, 200)) @ mix).astype(np.float32))
+        for _ in range(2)
+    )
+    fmt = BlockFormat(bits, 64)
+
+    def loss(matrix: object) -> float:
+        rounded = torch.from_numpy(matrix.dequantize())  # type: ignore[attr-defined]
+        return float((unseen @ (rounded - torch.from_numpy(WEIGHT)).T).square().mean())
+
+    corrected = error_corrected(WEIGHT, fmt, Moments(seen.T @ seen))
+    assert loss(corrected) < 0.6 * loss(nearest(WEIGHT, fmt))
+
+
+def test_error_correction_bears_inputs_that_are_always_zero() -> None:
+    seen = torch.randn(500, 200)
+    seen[:, 10:20] = 0
+    hessian = seen.T @ seen
+    for moments in (Moments(hessian), tied(Moments(hessian)), Moments(hessian, hessian * 0.01)):
+        found = error_corrected(WEIGHT, BlockFormat(4, 32), moments).dequantize()
+        assert np.isfinite(found).all()
+
+
+def options_by_hand() -> dict[str, tuple[Option, ...]]:
+    """Attention's first matrix is hurt most, the feed-forward's least."""
+    costs = ((4, 128, 1.0), (4, 32, 0.5), (8, 128, 0.01))
+
+    def of(name: str, weights: int) -> tuple[Option, ...]:
+        hurt = 1.0 if "c_attn" in name else 0.01 if "mlp" in name else 0.1
+        return tuple(Option(name, BlockFormat(b, s), weights, hurt * c) for b, s, c in costs)
+
+    shapes = matrix_shapes(GPT2_SHAPE)
+    return {name: of(name, rows * columns) for name, (rows, columns) in shapes.items()}
+
+
+def test_a_budget_of_bits_goes_to_the_matrices_that_need_it() -> None:
+    found = options_by_hand()
+    for budget in (8.9, 7.0, 6.2):
+        plan = plan_for_bits(GPT2_SHAPE, found, budget)
+        assert average_bits(GPT2_SHAPE, formats_of(plan)) <= budget
+        assert plan == plan_for_bits(GPT2_SHAPE, found, budget)
+    bits = {name: option.format.bits for name, option in plan.items()}
+    assert bits["h.0.attn.c_attn.weight"] > bits["h.0.mlp.c_fc.weight"]
+
+
+def test_a_budget_of_damage_is_kept_and_spent_on_the_most_bits() -> None:
+    found = options_by_hand()
+    small, large = (plan_for_damage(found, budget) for budget in (0.1, 1.0))
+    assert sum(o.damage for o in small.values()) <= 0.1
+    assert sum(o.damage for o in large.values()) <= 1.0
+    assert sum(o.bits for o in large.values()) < sum(o.bits for o in small.values())
+
+
+def test_a_budget_that_no_plan_keeps_is_refused_with_what_is_possible() -> None:
+    with pytest.raises(OptionError, match="at least"):
+        plan_for_bits(GPT2_SHAPE, options_by_hand(), 2.0)
+    with pytest.raises(OptionError, match="at least"):
+        plan_for_damage(options_by_hand(), 1e-6)
+
+
+def test_a_mixed_bundle_keeps_its_budget_and_shows_why(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "mixed"
+    result = run_cli(
+        gptrt_export, "convert", run.path, "--out", out, "--bits-per-weight", 7.5, "--allow-loss"
+    )
+    assert result.exit_code == 0, result.output
+    stored = read_manifest(out).quantization
+    assert stored.bits_per_weight <= 7.5
+    assert {m.name for m in stored.matrices} >= {"wte.weight", "h.0.mlp.c_fc.weight"}
+    assert all(m.name in result.stderr for m in stored.matrices)
+    assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert "sensitivity.png" in (out / "README.md").read_text()
+
+
+def test_calibration_and_verification_never_share_text(
+    save_model: Callable[[GPT], Path], text_file: Path
+) -> None:
+    checkpoint = load_checkpoint(save_model(scrambled(GPT2_SHAPE)))
+    assert checkpoint.tokenizer is not None
+    whole = checkpoint.tokenizer.encode(text_file.read_text()).ids
+    for files in (
+        TextFiles(text_file, None, 1000),
+        TextFiles(text_file, text_file, 1000),
+        TextFiles(text_file, None, 10**6),
+    ):
+        texts = choose_texts(Path("nowhere"), checkpoint, files, calibrate=True)
+        assert texts.calibration is not None
+        both = [*texts.verify, *texts.calibration]
+        assert both == whole[: len(both)]
+        assert min(len(texts.verify), len(texts.calibration)) > 1000
+
+
+def test_a_lesson_adds_the_divergence_from_the_teacher_and_its_gradients() -> None:
+    torch.manual_seed(0)
+    x, head = torch.randn(40, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    taught, teacher, targets = torch.randn(40, 8), torch.randn(30, 8), torch.randint(0, 30, (40,))
+    lesson = Lesson(taught, teacher, 0.7)
+    loss = linear_cross_entropy(x, head, targets, torch.float32, lesson)
+    logits = x @ head.T
+    wanted = F.cross_entropy(logits, targets) + 0.7 * F.kl_div(
+        logits.log_softmax(-1), (taught @ teacher.T).log_softmax(-1), None, None, "batchmean", True
+    )
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found = torch.autograd.grad(loss, (x, head))
+    for a, b in zip(found, torch.autograd.grad(wanted, (x, head)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def aware_plan(run: Run, text: Path, mode: str = "int4", **settings: str) -> object:
+    changes = {"seq_len": "32", "batch_size": "4", "max_steps": "12", "eval_every": "6"}
+    recipe = Recipe(mode, block_size=32, head_bits=4)  # type: ignore[arg-type]
+    return plan_run(None, run.path, [text], [], "cpu", changes | settings, None, recipe)
+
+
+def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
+    run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    made = create_run(tmp_path / "aware", aware_plan(run, text_file, distill="1.0"))  # type: ignore[arg-type]
+    train(made, QUIET)
+    checkpoint = load_checkpoint(made.path)
+    out = tmp_path / "bundle"
+    manifest = convert(made.path, out, ConvertOptions("int4", allow_loss=True))
+    rounded, reopened = checkpoint.rounded().state, load_bundle(out).state
+    for name, tensor in rounded.items():
+        assert torch.allclose(reopened[name], tensor, atol=1e-6), name
+    assert manifest.quantization.method == "trained rounding"
+    assert manifest.quantization.head_bits == manifest.quantization.bits == 4
+    # Compared with the teacher, which was never rounded.
+    teacher = load_checkpoint(run.path)
+    own = convert(
+        made.path,
+        tmp_path / "same",
+        ConvertOptions("int4", allow_loss=True, against=run.path),
+    )
+    assert manifest.fidelity == own.fidelity
+    assert teacher.rounding is None
+    result = run_cli(
+        gptrt_export, "convert", made.path, "--out", tmp_path / "x", "--quantize", "int8"
+    )
+    assert_refused(result, "int4", "trained")
+
+
+def test_training_for_rounding_lowers_the_loss_of_the_rounded_model_and_resumes_bit_for_bit(
+    run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    plan = aware_plan(run, text_file, mode="int2", max_steps="40", eval_every="10")
+    whole = create_run(tmp_path / "whole", plan)  # type: ignore[arg-type]
+    train(whole, QUIET)
+    broken = create_run(tmp_path / "broken", plan)  # type: ignore[arg-type]
+    countdown = iter([False] * 6 + [True])
+    assert train(broken, QUIET, lambda: next(countdown)).reason == "interrupted"
+    train(open_run(broken.path), QUIET)
+    found = [line for line in losses(broken) if "loss" in line]
+    assert found == [line for line in losses(whole) if "loss" in line]
+    judged = [line["valid_loss"] for line in losses(whole) if "valid_loss" in line]
+    assert judged[-1] < judged[0]
+
+
+def test_options_that_do_not_go_together_are_refused_before_any_work(
+    run: Run, save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time there was a king. " * 8)
+    other = save_model(scrambled(GPT2_SHAPE))
+    out = tmp_path / "bundle"
+    for words, source, *options in (
+        (["--bits-per-weight"], run.path, "--bits-per-weight", 3),
+        (["budget"], run.path, "--bits-per-weight", 5, "--method", "nearest"),
+        (["budget"], run.path, "--bits-per-weight", 5, "--target-ratio", 1.01),
+        (["hqq"], run.path, "--quantize", "int8", "--method", "hqq"),
+        (["symmetric"], run.path, "--method", "k-quant", "--symmetric"),
+        (["bits"], run.path, "--head-bits", 3),
+        (["--quantize"], run.path, "--quantize", "none", "--method", "gptq"),
+        (["--window"], run.path, "--window", 1000),
+        (["--calibration-text"], other, "--verify-text", short),
+        (["--calibration-text"], other, "--verify-text", text_file, "--calibration-text", short),
+        (["--verify-text"], other, "--calibration-text", text_file),
+        (["shape"], run.path, "--against", save_model(scrambled(replace(GPT2_SHAPE, n_layer=1)))),
+    ):
+        result = run_cli(gptrt_export, "convert", source, "--out", out, *options)
+        assert result.exit_code == 2, (options, result.output)
+        lines = result.stderr.strip().splitlines()
+        assert all(word in lines[-1] for word in words), (words, lines)
+        assert not out.exists()
+    result = run_cli(
+        gptrt_export, "train", "--preset", "nano-char", "--data", text_file, "--quantize", "int4",
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert_refused(result, "--from")
+
+
+def test_a_bundle_that_lost_too_much_ends_with_1_and_is_not_written(
+    run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    arguments = ("convert", run.path, "--out", out, "--method", "nearest", "--head-bits", 4)
+    limit = ("--max-perplexity-ratio", 1.00001)
+    assert run_cli(gptrt_export, *arguments, *limit).exit_code == 1
+    assert not out.exists()
+    allowed = run_cli(gptrt_export, *arguments, *limit, "--allow-loss", "--json")
+    assert allowed.exit_code == 0
+    assert 0 <= json.loads(allowed.stdout)["greedy"] <= 1
