@@ -2,7 +2,7 @@
 
     python -m benchmarks install --envs ENVS     # optional: an environment for every peer
     python -m benchmarks run --envs ENVS --out RESULTS
-    python -m benchmarks perplexity CHECKPOINT --text FILE --envs ENVS --out MORE
+    python -m benchmarks perplexity MODEL --text FILE --calibration-text FILE --out MORE
     python -m benchmarks draw RESULTS MORE --out TOGETHER
 
 Peers that are not installed are left out, by name. `--measures`, `--only` and `--rounds` split a
@@ -93,10 +93,18 @@ def run(shapes: str, sizes: str, measures: str, rounds: int, **common: Any) -> N
 @_common
 @click.argument("checkpoint", type=_path)
 @click.option("--text", type=_path, multiple=True, required=True, help="A file; may be repeated.")
+@click.option(
+    "--calibration-text", type=_path, required=True, help="Other text, for gptrt to round by."
+)
 @click.option("--window", default=256, show_default=True, help="Tokens predicted in one window.")
 @click.option("--windows", default=160, show_default=True, help="How many of them.")
 def perplexity(
-    checkpoint: Path, text: tuple[Path, ...], window: int, windows: int, **common: Any
+    checkpoint: Path,
+    text: tuple[Path, ...],
+    calibration_text: Path,
+    window: int,
+    windows: int,
+    **common: Any,
 ) -> None:
     """Perplexity of a trained CHECKPOINT, a Hugging Face folder, in everyone's formats."""
     job = _Job.open(**common)
@@ -104,7 +112,8 @@ def perplexity(
     rows = texts.write_windows(source, text, window, windows, job.workshop.work)
     kinds = [(peer, kind) for peer, kind in job.kinds if kind.scores and not kind.borrows]
     bench = Run(job.workshop, rounds=1)
-    bench.perplexity(list(job.workshop.candidates(source, kinds, text[0])), source, rows)
+    ours = {"calibration-text": str(calibration_text.resolve()), "window": window}
+    bench.perplexity(list(job.workshop.candidates(source, kinds, ours)), source, rows)
     job.seen[source.name] = source.parameters
     job.finish(bench)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from . import processes
@@ -105,14 +106,18 @@ class Workshop:
     say: Say
 
     def candidates(
-        self, checkpoint: Checkpoint, peers: list[tuple[Peer, Kind]], text: Path | None = None
+        self,
+        checkpoint: Checkpoint,
+        peers: list[tuple[Peer, Kind]],
+        ours: Mapping[str, Any] = MappingProxyType({}),
     ) -> Iterator[Candidate]:
-        """Those that could be made, each ready to be started; the others are named with reason."""
+        """Those that could be made, each ready to be started; the others are named with reason.
+        `ours` are more options of gptrt's `convert`: calibration text, if weights are trained."""
         for peer, kind in peers:
             if checkpoint.family not in kind.families:
                 continue
             try:
-                path = self._built(checkpoint, peer, kind, text)
+                path = self._built(checkpoint, peer, kind, ours)
             except WorkerError as e:
                 self.say(f"{peer.name} {kind.name} is left out for {checkpoint.name}: {e}")
                 continue
@@ -125,17 +130,19 @@ class Workshop:
             }
             yield Candidate(peer, kind, path, settings)
 
-    def _built(self, checkpoint: Checkpoint, peer: Peer, kind: Kind, text: Path | None) -> Path:
+    def _built(
+        self, checkpoint: Checkpoint, peer: Peer, kind: Kind, ours: Mapping[str, Any]
+    ) -> Path:
         """The folder of a kind's files; made unless it is there. Raises WorkerError."""
         if kind.borrows:
             (lent,) = (k for k in OURS.kinds if k.name == kind.borrows)
-            return self._built(checkpoint, OURS, lent, text)
+            return self._built(checkpoint, OURS, lent, ours)
         folder = self.work.resolve() / checkpoint.name
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{peer.adapter}-{kind.name.replace(' ', '-')}"
         if not out.exists():
             self.say(f"making {peer.name} {kind.name} of {checkpoint.name}")
-            given = kind.build | ({"text": str(text)} if text and peer is OURS else {})
+            given = kind.build | (dict(ours) if peer is OURS else {})
             task = {
                 "checkpoint": str(checkpoint.path.resolve()),
                 "out": str(out),

@@ -21,7 +21,6 @@ Bytes = NDArray[np.uint8]
 
 BITS = (2, 4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-DEFAULT_BLOCK = 128
 
 # Shrinking the largest value of a block by up to a third can lower the error of all the others;
 # at 2 bits, where only -2 to 1 exist, by up to three quarters.

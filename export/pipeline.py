@@ -39,7 +39,6 @@ from gptrt.format import (
 from gptrt.generator import Generator
 from gptrt.session import Session
 
-from .blocks import DEFAULT_BLOCK
 from .card import model_card
 from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
 from .companions import write_companions
@@ -114,8 +113,7 @@ class ConvertOptions:
         """Raises OptionError for a combination that there is not."""
         if self.mode == "none" or self.mode == "fp16":
             return None
-        block = self.block_size or DEFAULT_BLOCK
-        return Recipe(self.mode, self.method, block, self.head_bits, self.symmetric)
+        return Recipe(self.mode, self.method, self.block_size, self.head_bits, self.symmetric)
 
     @property
     def mixed(self) -> bool:

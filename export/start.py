@@ -14,7 +14,6 @@ from gptrt.errors import DeviceError, OptionError
 from gptrt.format import ModelConfig
 from gptrt.schema import decode
 
-from .blocks import DEFAULT_BLOCK
 from .data import find_texts
 from .optimizer import OptimizerConfig
 from .presets import Preset, load_preset, preset_names
@@ -83,7 +82,7 @@ def recipe_to_train(
                 do="add it or leave them out",
             )
         return None
-    return Recipe(mode, block_size=block_size or DEFAULT_BLOCK, head_bits=head_bits or BITS[mode])
+    return Recipe(mode, block_size=block_size, head_bits=head_bits or BITS[mode])
 
 
 def _tokenizer(path: Path | None, preset: Preset | None) -> TokenizerConfig | Tokenizer:

@@ -84,7 +84,8 @@ def test_perplexity_predicts_as_many_tokens_as_were_asked_for(
     from export.checkpoint import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(run.path)
-    given = ("--text", text_file, "--window", 32, "--windows", 4, "--threads", 1)
+    texts = ("--text", text_file, "--calibration-text", text_file)
+    given = (*texts, "--window", 32, "--windows", 4, "--threads", 1)
     done = benchmarks("perplexity", checkpoint, *given, "--only", "gptrt int8", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     samples = json.loads((tmp_path / "results.json").read_text())["samples"]

@@ -132,6 +132,46 @@ def test_gpt_nano_sort_computes_the_published_logits_and_sorts_everything(tmp_pa
     assert np.array_equal(np.stack(answer, axis=1), np.sort(rows, axis=1))
 
 
+def adder_checkpoint() -> Checkpoint:
+    """minGPT's adder of 2-digit numbers: their digits, then the last, ..., first of the sum."""
+    state = torch.load(GOLDEN / "mingpt-adder" / "model.pt", map_location="cpu", weights_only=True)
+    width = {"n_embd": 48, "head_dim": 16, "n_inner": 192}
+    config = ModelConfig(10, 6, n_layer=3, n_head=3, n_kv_head=3, tied=False, **width)
+    named = {k.removeprefix("transformer."): v for k, v in state.items()}
+    known = GPT(config).state_dict()
+    return Checkpoint(config, {k: v for k, v in named.items() if k in known}, numbers(10), {})
+
+
+def sums() -> np.ndarray[Any, np.dtype[np.int64]]:
+    """All of them: [10000, 7]."""
+    rows = [
+        [*divmod(a, 10), *divmod(b, 10), (a + b) % 10, (a + b) // 10 % 10, (a + b) // 100]
+        for a, b in itertools.product(range(100), repeat=2)
+    ]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("mode", "right"), [("int8", 10_000), ("int4", 9_990)])
+def test_the_quantized_adder_still_adds(mode: str, right: int, tmp_path: Path) -> None:
+    save_checkpoint(adder_checkpoint(), tmp_path / "source")
+    shuffled = np.random.default_rng(0).permutation(sums())
+    # Six digits a line: what the model reads. The first lines are judged, the rest calibrates.
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(map(str, row[:6])) for row in shuffled))
+    options: dict[str, Any] = {"mode": mode, "verify_text": text, "allow_loss": True}
+    options["verify_tokens"] = 5999  # so that the rest begins where a line does
+    convert(tmp_path / "source", tmp_path / "bundle", ConvertOptions(**options))
+    session = Session(open_bundle(tmp_path / "bundle"), device="cpu")
+    wanted = sums()
+    cache = session.new_cache(6, batch=len(wanted))
+    step = np.ascontiguousarray(wanted[:, :4])
+    answers = []
+    for _ in range(3):
+        step = session.run(step, cache)[:, -1].argmax(-1)[:, None]
+        answers.append(step)
+    assert (np.concatenate(answers, axis=1) == wanted[:, 4:]).all(axis=1).sum() >= right
+
+
 def test_tiny_random_gpt2_gives_the_greedy_ids_that_onnxruntime_genai_expects(
     tmp_path: Path,
 ) -> None:

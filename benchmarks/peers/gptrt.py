@@ -12,12 +12,11 @@ _TEXT = "It was the best of times, it was the worst of times.\n" * 40
 
 
 def build(checkpoint: Path, out: Path, settings: dict[str, Any]) -> None:
-    """Through the command line, as users do. `text`, if given, is what fidelity is measured on."""
-    options = dict(settings)
-    text = options.pop("text", None)
-    if text is None:
-        text = out.with_suffix(".txt")
-        text.write_text(_TEXT)
+    """Through the command line, as users do. Without `calibration-text` weights are random, and no
+    text could correct their errors."""
+    options = {"method": "nearest"} | settings if "calibration-text" not in settings else settings
+    text = out.with_suffix(".txt")
+    text.write_text(_TEXT)
     arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     command = [sys.executable, "-c", "from gptrt_export.cli import main; main()", "convert"]
     command += [str(checkpoint), "--out", str(out), *arguments]
