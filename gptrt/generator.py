@@ -28,7 +28,7 @@ FinishReason = Literal["stop", "length", "time"]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 
 _EMBEDDED = "tales"
-_LONGEST_PASS = 512  # ids in one run: attention over a pass takes memory by its square
+_LONGEST_PASS = 256  # ids in one run: attention over a pass takes memory by its square
 
 
 class Runner(Protocol):
