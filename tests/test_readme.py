@@ -24,8 +24,8 @@ def test_the_readmes_python_runs_and_writes(capsys) -> None:  # type: ignore[no-
 def test_every_command_and_option_that_the_readme_shows_exists() -> None:
     from gptrt.cli import main as gptrt
 
-    (console,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    for line in console.splitlines():
+    shown = "".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL))
+    for line in shown.splitlines():
         program, command, *arguments = shlex.split(line.removeprefix("$ "), comments=True)
         group = {"gptrt": gptrt, "gptrt-export": gptrt_export}[program]
         known = CliRunner().invoke(group, [command, "--help"]).output
