@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .blocks import BlockFormat, BlockMatrix
 from .model import GPT, Attend, CausalAttention
-from .rounding import Moments, error_corrected, nearest
+from .rounding import Moments, corrected_where_known
 
 Ids = NDArray[np.int64]
 Progress = Callable[[float, str], None]  # share of the work done, what it is
@@ -79,8 +79,7 @@ class _Correction:
     def store(self, name: str, moments: Moments | None) -> None:
         self._progress(len(self.matrices) / len(self._formats), f"rounding {name}")
         parameter, fmt = self.rounded.get_parameter(name), self._formats[name]
-        weight = parameter.detach().numpy()
-        matrix = error_corrected(weight, fmt, moments) if moments else nearest(weight, fmt)
+        matrix = corrected_where_known(parameter.detach().numpy(), fmt, moments)
         parameter.copy_(torch.from_numpy(matrix.dequantize()))
         self.matrices[name] = matrix
 

@@ -116,16 +116,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state,
         load_tokenizer(folder / TOKENIZER_FILE) if (folder / TOKENIZER_FILE).exists() else None,
         read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
-        _read_rounding(folder),
+        _read_rounding(folder, state),
     )
 
 
-def _read_rounding(folder: Path) -> TrainedRounding | None:
+def _read_rounding(folder: Path, state: dict[str, Tensor]) -> TrainedRounding | None:
     if not (folder / FORMATS_FILE).is_file():
         return None
     formats = read_json(folder / FORMATS_FILE, error=CheckpointError)
     tensors = dict(_read_file(folder / SCALES_FILE))
-    return TrainedRounding.read(formats, tensors, str(folder / FORMATS_FILE))
+    return TrainedRounding.read(formats, tensors, state, str(folder / FORMATS_FILE))
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -191,10 +191,11 @@ def convert(
     gptrt-export convert runs/nano --out bundles/nano --bits-per-weight 4.4
     """
     from . import pipeline
+    from .options import ConvertOptions
 
     given = {name: value for name, value in options.items() if value is not None}
     given["notes"] = _pairs("--note", notes)
-    manifest = pipeline.convert(checkpoint, out, pipeline.ConvertOptions(**given), _say)
+    manifest = pipeline.convert(checkpoint, out, ConvertOptions(**given), _say)
     _report(pipeline.summary(out, manifest, manifest.fidelity), as_json)
 
 

@@ -1,17 +1,20 @@
 """Quantized matrices in a decoder graph: MatMul becomes MatMulNBits, Gather becomes
 GatherBlockQuantized.
 
-A matrix that is both embedding and head is stored once and read by both.
+A matrix that is both embedding and head is stored once and read by both, in memory and on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from gptrt.format import GRAPH_DATA_FILE, GRAPH_FILE
 
 from .blocks import BlockMatrix
 from .graph import PARAMETER_PREFIX
@@ -166,3 +169,37 @@ def _remove_unused(graph: ir.Graph, stored: dict[str, BlockMatrix]) -> None:
     for name in stored:
         if not graph.initializers[name].uses():
             graph.initializers.pop(name)
+
+
+# --- on disk ------------------------------------------------------------------------------------
+
+
+def save_graph(graph: ir.Model, folder: Path) -> None:
+    """The graph, and beside it its weights, which onnxruntime maps into memory instead of
+    copying them (and protobuf stops at 2 GiB)."""
+    path = folder / GRAPH_FILE
+    ir.save(graph, path, external_data=GRAPH_DATA_FILE)
+    saved = ir.load(path)
+    for node in saved.graph:
+        if node.op_type == "GatherBlockQuantized":
+            _name_rows(saved.graph, node)
+    ir.save(saved, path)
+
+
+def _name_rows(graph: ir.Graph, gather: ir.Node) -> None:
+    """Give the matrix that rows are gathered from a second name for the same bytes on disk.
+
+    onnxruntime repacks the matrix of a product and then lets the original go, unless somebody else
+    uses it by that name. Of the rows only those that are read ever come into memory.
+    """
+    matrix = gather.inputs[0]
+    assert matrix is not None
+    stored = matrix.const_value
+    if len(matrix.uses()) < 2 or not isinstance(stored, ir.ExternalTensor):
+        return
+    name = f"{matrix.name}_rows"
+    place = (stored.location, stored.offset, stored.length, stored.dtype)
+    twin = ir.ExternalTensor(*place, name=name, shape=stored.shape, base_dir=stored.base_dir)
+    value = ir.Value(name=name, shape=stored.shape, type=matrix.type, const_value=twin)
+    graph.initializers.add(value)
+    gather.replace_input_with(0, value)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from gptrt.errors import CheckpointError
-from gptrt.format import GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, open_bundle
+from gptrt.format import GRAPH_DATA_FILE, GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 
 from .blocks import BlockFormat, BlockMatrix, unpack
 from .checkpoint import Checkpoint, load_checkpoint
@@ -89,5 +89,12 @@ def _quantized(
 
 
 def _array(value: ir.Value) -> Any:
-    assert value.const_value is not None
-    return value.const_value.numpy()
+    tensor = value.const_value
+    assert tensor is not None
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    # Read here: onnx_ir refuses a file that has two hard links, which installers like to give it.
+    # Its hash is known by now.
+    shape, dtype = tuple(tensor.shape.numpy()), tensor.dtype.numpy()
+    file = Path(tensor.base_dir) / GRAPH_DATA_FILE
+    return np.memmap(file, dtype, mode="r", offset=tensor.offset or 0, shape=shape)

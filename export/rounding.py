@@ -112,6 +112,11 @@ def error_corrected(weight: Float, fmt: BlockFormat, moments: Moments) -> BlockM
     return solver.matrix()
 
 
+def corrected_where_known(weight: Float, fmt: BlockFormat, moments: Moments | None) -> BlockMatrix:
+    """Error-corrected, or plain where nothing is known of the inputs: a table of rows has none."""
+    return nearest(weight, fmt) if moments is None else error_corrected(weight, fmt, moments)
+
+
 def _damped(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The Hessian made invertible, and which inputs are always zero."""
     diagonal = hessian.diagonal()

@@ -10,7 +10,8 @@ the most.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from .blocks import BlockFormat
 from .calibration import Ids, Progress, moments_of
 from .model import GPT
 from .quantize import Formats, average_bits, matrix_shapes
-from .rounding import error_corrected, nearest
+from .rounding import corrected_where_known
 
 CANDIDATES = (
     BlockFormat(4, 128),
@@ -72,8 +73,7 @@ def measure_damage(
         original = parameter.detach().clone()
         for fmt in dict.fromkeys(fmt.within(columns) for fmt in candidates):
             weight = original.numpy()
-            known = moments.get(name)
-            matrix = error_corrected(weight, fmt, known) if known else nearest(weight, fmt)
+            matrix = corrected_where_known(weight, fmt, moments.get(name))
             parameter.copy_(torch.from_numpy(matrix.dequantize()))
             damage = max(0.0, _divergence(twin, text, reference))
             found.append(Option(name, fmt, rows * columns, damage))
@@ -98,67 +98,106 @@ def _divergence(model: GPT, text: Ids, reference: list[Tensor]) -> float:
 Plan = dict[str, Option]
 
 
+def check_budget(config: ModelConfig, bits_per_weight: float) -> None:
+    """Raises OptionError if no plan can be that small, before anything is measured."""
+    shapes = matrix_shapes(config)
+    smallest = min(CANDIDATES, key=lambda fmt: fmt.bits_per_weight)
+    least = average_bits(config, {n: smallest.within(size[1]) for n, size in shapes.items()})
+    if bits_per_weight < least:
+        raise _too_few_bits(least, bits_per_weight)
+
+
+def _too_few_bits(least: float, budget: float) -> OptionError:
+    wanted = f"--bits-per-weight of at least {least:.3f}"
+    return OptionError(wanted, found=f"{budget}", do="raise the budget")
+
+
 def plan_for_bits(config: ModelConfig, options: Options, budget: float) -> Plan:
     """The plan of least damage with at most `budget` bits a weight, over all parameters.
 
     Raises OptionError where no plan is that small.
     """
-    return _shrink(
-        options,
-        lambda plan: average_bits(config, formats_of(plan)) <= budget,
-        f"--bits-per-weight of at least {_least_bits(config, options):.3f}",
-        f"{budget}",
-    )
+
+    def fits(plan: Plan) -> bool:
+        return average_bits(config, formats_of(plan)) <= budget
+
+    plan = _finest(options)
+    while not fits(plan):
+        cheaper = min(_exchanges(options, plan), key=_price, default=None)
+        if cheaper is None:
+            least = average_bits(config, formats_of(plan))
+            raise _too_few_bits(least, budget)
+        plan = plan | {cheaper.after.name: cheaper.after}
+    return _spend_the_rest(options, plan, fits)
 
 
 def plan_for_damage(options: Options, budget: float) -> Plan:
     """The smallest plan whose damages add up to at most `budget` nats.
 
-    Raises OptionError where even the largest formats cost more.
+    Raises OptionError where even the formats of least damage cost more.
     """
     plan = _finest(options)
     least = sum(option.damage for option in plan.values())
     if least > budget:
         raise OptionError(
-            f"--target-ratio of at least {1 + least:.4f}", found=f"{1 + budget:.4f}", do="raise it"
+            f"--target-ratio of at least {math.exp(least):.4f}",
+            found=f"{math.exp(budget):.4f}",
+            do="raise it",
         )
-    while (cheaper := _best_exchange(options, plan)) is not None:
-        trial = plan | {cheaper.name: cheaper}
-        if sum(option.damage for option in trial.values()) > budget:
-            break
-        plan = trial
-    return plan
-
-
-def _shrink(options: Options, fits: Callable[[Plan], bool], wanted: str, found: str) -> Plan:
-    plan = _finest(options)
-    while not fits(plan):
-        cheaper = _best_exchange(options, plan)
+    while True:
+        left = budget - sum(option.damage for option in plan.values())
+        possible = (e for e in _exchanges(options, plan) if e.damage <= left)
+        cheaper = min(possible, key=_price, default=None)
         if cheaper is None:
-            raise OptionError(wanted, found=found, do="raise the budget")
-        plan = plan | {cheaper.name: cheaper}
-    return plan
+            return plan
+        plan = plan | {cheaper.after.name: cheaper.after}
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """One matrix put into a smaller format."""
+
+    before: Option
+    after: Option
+
+    @property
+    def damage(self) -> float:
+        return self.after.damage - self.before.damage
+
+    @property
+    def bits(self) -> float:
+        return self.before.bits - self.after.bits
+
+
+def _price(exchange: _Exchange) -> tuple[float, str]:
+    """Damage for each bit that is saved; the name settles a tie."""
+    return exchange.damage / exchange.bits, exchange.after.name
+
+
+def _exchanges(options: Options, plan: Plan) -> Iterator[_Exchange]:
+    for name, found in options.items():
+        smaller = (option for option in found if option.bits < plan[name].bits)
+        yield from (_Exchange(plan[name], option) for option in smaller)
+
+
+def _spend_the_rest(options: Options, plan: Plan, fits: Callable[[Plan], bool]) -> Plan:
+    """What is left of a budget goes where it undoes the most damage."""
+    while True:
+        better = [
+            option
+            for name, found in options.items()
+            for option in found
+            if option.damage < plan[name].damage and fits(plan | {name: option})
+        ]
+        if not better:
+            return plan
+        best = max(better, key=lambda o: (plan[o.name].damage - o.damage, o.name))
+        plan = plan | {best.name: best}
 
 
 def _finest(options: Options) -> Plan:
     """The format of least damage for each matrix; of equal ones the smallest."""
     return {n: min(found, key=lambda o: (o.damage, o.bits)) for n, found in options.items()}
-
-
-def _best_exchange(options: Options, plan: Plan) -> Option | None:
-    """Of all smaller formats the one that adds the least damage for each bit that it saves."""
-    exchanges = [
-        ((option.damage - plan[name].damage) / (plan[name].bits - option.bits), name, option)
-        for name, found in options.items()
-        for option in found
-        if option.bits < plan[name].bits
-    ]
-    return min(exchanges, key=lambda e: e[:2])[2] if exchanges else None
-
-
-def _least_bits(config: ModelConfig, options: Options) -> float:
-    smallest = {n: min(found, key=lambda o: o.bits).format for n, found in options.items()}
-    return average_bits(config, smallest)
 
 
 def formats_of(plan: Mapping[str, Option]) -> Formats:

@@ -26,7 +26,8 @@ _CALIBRATION_WORK = 6e11  # weights times tokens: minutes on two cores, whatever
 
 @dataclass(frozen=True)
 class Texts:
-    """`verify` is text that neither training nor calibration has seen."""
+    """`verify` is text that neither training nor calibration has seen; `calibration` is there
+    where it was asked for."""
 
     verify: Ids
     name: str
@@ -110,5 +111,6 @@ def _check_length(ids: Ids, config: ModelConfig) -> None:
         raise DataError(
             f"text of {least} tokens or more to calibrate on, not the one to verify on",
             found=f"{len(ids)} tokens",
-            do="give a longer --calibration-text FILE, or choose --method nearest",
+            do="give a longer --calibration-text FILE, or what needs none: --method nearest and "
+            "a KV cache in floats",
         )

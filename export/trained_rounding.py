@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptrt.errors import CheckpointError
+from gptrt.errors import CheckpointError, OptionError
 from gptrt.schema import decode
 
 from .blocks import BlockFormat, BlockMatrix, Grid
 from .model import GPT
 
 SCALE_PREFIX = "log_scales/"  # of what learns beside the parameters of the model
+_SIGN_PREFIX = "signs/"
 _SMALLEST = 1e-9  # a block of zeros has a scale too
 _CELL = 0.49  # of a step to either side of an integer: what rounds to it
 
@@ -94,24 +95,51 @@ class TrainedRounding:
 
     def tensors(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = dict(self.parameters())
-        return named | {f"signs/{name}": tensor for name, tensor in self.signs.items()}
+        return named | {_SIGN_PREFIX + name: tensor for name, tensor in self.signs.items()}
 
     def formats_json(self) -> dict[str, Any]:
         return {name: asdict(fmt) for name, fmt in self.formats.items()}
 
     @classmethod
-    def read(cls, formats: Any, tensors: Mapping[str, Tensor], source: str) -> TrainedRounding:
-        """The inverse of `formats_json` and `tensors`. Raises CheckpointError."""
-        known = decode(dict[str, BlockFormat], formats, error=CheckpointError, source=source)
-        wanted = {f"{kind}/{name}" for kind in ("log_scales", "signs") for name in known}
-        if wanted != set(tensors):
+    def read(
+        cls,
+        formats: Any,
+        tensors: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        source: str,
+    ) -> TrainedRounding:
+        """The inverse of `formats_json` and `tensors`, for a model of these weights.
+
+        Raises CheckpointError with every matrix that does not fit.
+        """
+        try:
+            known = decode(dict[str, BlockFormat], formats, error=CheckpointError, source=source)
+        except OptionError as e:  # bits or blocks that there are not
+            raise CheckpointError(f"a valid {source}", found=str(e), do=_RESTORE) from e
+        parts = [{n: tensors.get(prefix + n) for n in known} for prefix in _PREFIXES]
+        faults = [f"{name} is unknown" for name in known.keys() - weights.keys()]
+        faults += [f"{name} is unknown" for name in tensors if name.partition("/")[2] not in known]
+        for name, fmt in known.items():
+            if name in weights and any(not _fits(p[name], weights[name], fmt) for p in parts):
+                faults.append(f"the scales of {name} do not fit")
+        if faults:
             raise CheckpointError(
-                f"scales for every matrix in {source}",
-                found=f"{len(wanted ^ set(tensors))} that do not fit",
-                do="restore the checkpoint",
+                f"scales for the matrices in {source}", found="; ".join(sorted(faults)), do=_RESTORE
             )
-        parts = [{n: tensors[f"{kind}/{n}"] for n in known} for kind in ("log_scales", "signs")]
-        return cls(known, *parts)
+        log_scales, signs = ({n: t for n, t in p.items() if t is not None} for p in parts)
+        return cls(known, log_scales, signs)
+
+
+_PREFIXES = (SCALE_PREFIX, _SIGN_PREFIX)
+_RESTORE = "restore the checkpoint"
+
+
+def _fits(scales: Tensor | None, weight: Tensor, fmt: BlockFormat) -> bool:
+    """Whether there is one number for each block, all finite, and the blocks are symmetric."""
+    if scales is None or weight.ndim != 2 or not fmt.symmetric:
+        return False
+    blocks = -(-weight.shape[1] // fmt.block_size)
+    return scales.shape == (weight.shape[0], blocks) and bool(scales.isfinite().all())
 
 
 class _Snap(torch.autograd.Function):

@@ -21,7 +21,8 @@ from export.checkpoint import Checkpoint, save_checkpoint
 from export.cli import main as gptrt_export
 from export.data import find_texts
 from export.model import GPT
-from export.pipeline import ConvertOptions, convert
+from export.options import ConvertOptions
+from export.pipeline import convert
 from export.progress import ProgressBar
 from export.runs import Run, RunPlan, TrainConfig, create_run
 from export.tokenization import TokenizerConfig, train_tokenizer

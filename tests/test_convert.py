@@ -17,7 +17,8 @@ import torch
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.model import GPT
-from export.pipeline import ConvertOptions, convert
+from export.options import ConvertOptions
+from export.pipeline import convert
 from export.reopen import load_bundle
 from export.runs import Run
 from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
@@ -165,6 +166,16 @@ def test_a_tied_matrix_is_stored_once_and_every_matrix_is_quantized(
     rest = 4 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
     size = open_bundle(tmp_path / "bundle").weights_bytes
     assert matrices < size - rest < matrices * 1.07 + 50_000  # scales, and the graph itself
+
+
+def test_a_bundle_whose_files_have_two_names_on_disk_can_be_taught(
+    bundle: Path, copied: Path
+) -> None:
+    for file in bundle.iterdir():
+        (copied / file.name).unlink(missing_ok=True)
+        (copied / file.name).hardlink_to(file)
+    found, wanted = load_bundle(copied).state, load_bundle(bundle).state
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_the_bundle_says_what_it_is_and_where_it_comes_from(bundle: Path, run: Run) -> None:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from export.model import GPT
-from export.pipeline import ConvertOptions, convert
+from export.options import ConvertOptions
+from export.pipeline import convert
 from export.reopen import load_bundle
 from export.tokenization import from_gpt2_files
 from gptrt.format import ModelConfig, open_bundle

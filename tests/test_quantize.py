@@ -19,7 +19,8 @@ from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
-from export.pipeline import ConvertOptions, convert
+from export.options import ConvertOptions
+from export.pipeline import convert
 from export.quantize import Recipe, average_bits, matrix_shapes
 from export.reopen import load_bundle
 from export.rounding import DATA_FREE, Moments, error_corrected, nearest
@@ -106,6 +107,10 @@ def test_a_budget_of_bits_goes_to_the_matrices_that_need_it() -> None:
         plan = plan_for_bits(GPT2_SHAPE, found, budget)
         assert average_bits(GPT2_SHAPE, formats_of(plan)) <= budget
         assert plan == plan_for_bits(GPT2_SHAPE, found, budget)
+        for name, options in found.items():  # nothing is left that would undo more
+            for option in (o for o in options if o.damage < plan[name].damage):
+                better = formats_of(plan | {name: option})
+                assert average_bits(GPT2_SHAPE, better) > budget
     bits = {name: option.format.bits for name, option in plan.items()}
     assert bits["h.0.attn.c_attn.weight"] > bits["h.0.mlp.c_fc.weight"]
 
@@ -201,10 +206,30 @@ def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
     )
     assert manifest.fidelity == own.fidelity
     assert teacher.rounding is None
-    result = run_cli(
-        gptrt_export, "convert", made.path, "--out", tmp_path / "x", "--quantize", "int8"
-    )
-    assert_refused(result, "int4", "trained")
+    for other in (("--quantize", "int8"), ("--asymmetric",), ("--bits-per-weight", 8)):
+        result = run_cli(gptrt_export, "convert", made.path, "--out", tmp_path / "x", *other)
+        assert_refused(result, "int4", "trained")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "word"),
+    [
+        ("quantization.json", lambda text: text.replace('"bits": 4', '"bits": 5'), "bits"),
+        ("quantization.json", lambda text: text.replace("h.0.mlp", "h.9.mlp"), "h.9.mlp"),
+        ("quantization.json", lambda text: text.replace('size": 32', 'size": 64'), "fit"),
+        ("quantization.json", lambda text: text[:-20], "JSON"),
+        ("quantization.safetensors", lambda text: text[:0], "safetensors"),
+    ],
+)
+def test_a_damaged_rounding_is_refused(
+    run: Run, text_file: Path, tmp_path: Path, file: str, change: Callable[[str], str], word: str
+) -> None:
+    made = create_run(tmp_path / "aware", aware_plan(run, text_file, max_steps="0"))  # type: ignore[arg-type]
+    (path,) = made.path.glob(f"step-*/{file}")
+    content = path.read_bytes().decode("latin-1")
+    path.write_bytes(change(content).encode("latin-1"))
+    result = run_cli(gptrt_export, "convert", made.path, "--out", tmp_path / "bundle")
+    assert_refused(result, word)
 
 
 def test_training_for_rounding_lowers_the_loss_of_the_rounded_model_and_resumes_bit_for_bit(
@@ -242,11 +267,20 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
         (["--calibration-text"], other, "--verify-text", short),
         (["--calibration-text"], other, "--verify-text", text_file, "--calibration-text", short),
         (["--verify-text"], other, "--calibration-text", text_file),
+        (
+            ["--calibration-text"],
+            other,
+            "--verify-text",
+            short,
+            *["--quantize", "int8"],
+            *["--kv-cache", "int8"],
+        ),
         (["shape"], run.path, "--against", save_model(scrambled(replace(GPT2_SHAPE, n_layer=1)))),
     ):
         result = run_cli(gptrt_export, "convert", source, "--out", out, *options)
         assert result.exit_code == 2, (options, result.output)
         lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, lines  # no step was begun
         assert all(word in lines[-1] for word in words), (words, lines)
         assert not out.exists()
     result = run_cli(

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from export.checkpoint import load_checkpoint
-from export.pipeline import ConvertOptions, convert
+from export.options import ConvertOptions
+from export.pipeline import convert
 from export.runs import Run
 from gptrt.errors import BundleError, DeviceError, OptionError, PromptError
 from gptrt.format import Bundle, describe_file, open_bundle

@@ -1,0 +1,125 @@
+"""What a user asks of a conversion, and what of it does not go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gptrt.errors import OptionError
+from gptrt.format import CacheLayout, ModelConfig
+
+from .checkpoint import Checkpoint
+from .quantize import Recipe, mode_of
+from .rounding import Method
+from .sensitivity import check_budget
+from .texts import DEFAULT_TOKENS, TextFiles
+
+_RECIPE = ("method", "block_size", "head_bits", "symmetric")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """None leaves a choice to the exporter: method, head and blocks to what loses least in a mode,
+    `max_perplexity_ratio` to `LIMITS`.
+
+    `bits_per_weight` or `target_ratio` is a budget, in bits over all parameters or in perplexity:
+    with one of them every matrix gets bits and block of its own, by measured damage.
+    """
+
+    mode: Literal["none", "fp16", "int8", "int4", "int2"] = "int4"
+    method: Method | None = None
+    block_size: int | None = None
+    head_bits: int | None = None
+    symmetric: bool | None = None
+    bits_per_weight: float | None = None
+    target_ratio: float | None = None
+    kv_cache: Literal["float", "int8"] = "float"  # float: as the activations
+    verify_text: Path | None = None
+    calibration_text: Path | None = None
+    verify_tokens: int = DEFAULT_TOKENS
+    window: int | None = None  # tokens in a row, of either text: the context, if not given
+    against: Path | None = None
+    max_perplexity_ratio: float | None = None
+    allow_loss: bool = False
+    force: bool = False
+    notes: dict[str, str] = field(default_factory=dict)  # for the lineage: a licence, for example
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Raises OptionError for a combination that there is not."""
+        if self.mode == "none" or self.mode == "fp16":
+            return None
+        return Recipe(self.mode, self.method, self.block_size, self.head_bits, self.symmetric)
+
+    @property
+    def mixed(self) -> bool:
+        return self.bits_per_weight is not None or self.target_ratio is not None
+
+    @property
+    def text_files(self) -> TextFiles:
+        return TextFiles(self.verify_text, self.calibration_text, self.verify_tokens)
+
+    @property
+    def own_recipe(self) -> list[str]:
+        """What of a recipe was chosen, not left to the exporter."""
+        return [name for name in _RECIPE if getattr(self, name) is not None]
+
+    def needs_calibration(self, checkpoint: Checkpoint) -> bool:
+        """Whether text is to be read that the bundle is then not judged by."""
+        if self.kv_cache == "int8":
+            return True  # for the scales of the cache
+        rounds = self.mixed or (self.recipe is not None and self.recipe.needs_text)
+        return rounds and checkpoint.rounding is None
+
+    def cache_layout(self, model: ModelConfig) -> CacheLayout:
+        floats: Literal["float16", "float32"] = "float16" if self.mode == "fp16" else "float32"
+        return CacheLayout(
+            layers=model.n_layer,
+            kv_heads=model.n_kv_head,
+            head_dim=model.head_dim,
+            max_length=model.n_positions,
+            dtype="int8" if self.kv_cache == "int8" else floats,
+        )
+
+    def check(self) -> None:
+        """Raises OptionError for options that do not go together, before any work is done."""
+        if self.kv_cache == "int8" and self.mode == "fp16":
+            raise OptionError(
+                "--kv-cache int8 with --quantize none, int8 or int4",
+                found="fp16",
+                do="leave one of them out",
+            )
+        given = self.own_recipe
+        if self.recipe is None and (given or self.mixed):
+            raise OptionError(
+                f"--quantize int8, int4 or int2 with {', '.join(given) or 'a budget'}",
+                found=self.mode,
+                do="leave one of them out",
+            )
+        if self.mixed and (given or self.mode != "int4"):
+            raise OptionError(
+                "a budget alone: it chooses bits, blocks and method by itself",
+                found=", ".join(given) or f"--quantize {self.mode}",
+                do="leave one of them out",
+            )
+        if self.bits_per_weight is not None and self.target_ratio is not None:
+            raise OptionError("one budget", found="two", do="leave one of them out")
+
+    def check_for(self, checkpoint: Checkpoint) -> None:
+        """Raises OptionError for what the model cannot be, likewise before any work."""
+        context = checkpoint.config.n_positions
+        if self.window is not None and not 2 <= self.window <= context:
+            raise OptionError(f"--window from 2 to {context}", found=f"{self.window}", do="correct")
+        if self.bits_per_weight is not None:
+            check_budget(checkpoint.config, self.bits_per_weight)
+        if checkpoint.rounding is not None:
+            self._check_trained_for(mode_of(checkpoint.rounding.formats))
+
+    def _check_trained_for(self, trained: str) -> None:
+        if self.mode != trained or self.mixed or self.own_recipe:
+            raise OptionError(
+                f"--quantize {trained} and nothing else, which the model was trained for",
+                found=f"--quantize {self.mode} or a recipe of its own",
+                do="leave the recipe to the checkpoint, or convert what it was trained from",
+            )
