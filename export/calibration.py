@@ -19,18 +19,13 @@ from torch import Tensor, nn
 
 from .blocks import BlockFormat, BlockMatrix
 from .model import GPT, Attend, CausalAttention
+from .progress import Progress
 from .rounding import Moments, corrected_where_known
 
 Ids = NDArray[np.int64]
-Progress = Callable[[float, str], None]  # share of the work done, what it is
 
 _BATCH_TOKENS = 4096
 _AS_EMBEDDING = 0.5  # of the head's mean; between 0.3 and 1 it lost least on a trained model
-
-
-def silent(share: float, note: str) -> None:
-    """Progress that nobody looks at."""
-    del share, note
 
 
 @torch.no_grad()

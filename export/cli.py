@@ -78,7 +78,7 @@ def train(
 
     if resume:
         run = open_run(out)
-        if preset or data or valid or start or tokenizer or settings:
+        if preset or data or valid or start or tokenizer or settings or mode or distill:
             _say(f"resuming {out}: model, data and settings are those that it was started with")
     else:
         texts, held_out, changes = list(data), list(valid), _pairs("--set", settings)

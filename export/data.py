@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from gptrt.errors import DataError
 
-from .calibration import Progress, silent
+from .progress import Progress, silent
 from .tokenization import END_OF_TEXT
 
 Ids = NDArray[np.int64]

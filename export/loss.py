@@ -55,13 +55,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counts = answer != IGNORED
             index = answer.clamp(min=0).unsqueeze(1)
             losses = -log_probs.gather(1, index).squeeze(1)
-            grad = log_probs.exp()
+            probs = None
             if lesson is not None:
                 wanted = F.log_softmax((shown.to(dtype) @ lesson.head.to(dtype).T).float(), dim=-1)
                 probs = wanted.exp()
                 losses += lesson.share * (probs * (wanted - log_probs)).sum(-1)
-                grad.add_(grad - probs, alpha=lesson.share)
             total += (losses * counts).sum()
+            grad = log_probs.exp_()
+            if lesson is not None and probs is not None:
+                grad.mul_(1.0 + lesson.share).sub_(probs, alpha=lesson.share)
             grad.scatter_add_(1, index, torch.full_like(grad[:, :1], -1.0))
             grad = grad.mul_((counts / count).unsqueeze(1)).to(dtype)
             torch.mm(grad, low, out=out) if out.dtype == dtype else out.copy_(grad @ low)

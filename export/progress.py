@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _LINE_EVERY_S = 10.0
+
+Progress = Callable[[float, str], None]  # share of the work done, what it is
+
+
+def silent(share: float, note: str) -> None:
+    """Progress that nobody looks at."""
+    del share, note
 
 
 class ProgressBar:
@@ -20,14 +28,14 @@ class ProgressBar:
         self._title = title
         self._quiet = quiet
         self._last_line = time.monotonic()
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bar: bars.Progress | None = None
+        self._task: bars.TaskID | None = None
         if sys.stderr.isatty() and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}"),
-                TimeRemainingColumn(),
+            self._bar = bars.Progress(
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}"),
+                bars.TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task(title, total=1.0, note="")

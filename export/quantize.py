@@ -14,8 +14,9 @@ from gptrt.errors import OptionError
 from gptrt.format import ModelConfig, Quantization, StoredMatrix
 
 from .blocks import BlockFormat, BlockMatrix
-from .calibration import Ids, Progress, correct_errors, silent
+from .calibration import Ids, correct_errors
 from .model import GPT
+from .progress import Progress, silent
 from .rounding import DATA_FREE, Method, nearest
 
 Mode = Literal["int8", "int4", "int2"]

@@ -29,7 +29,6 @@ from gptrt.format import ModelConfig
 from gptrt.schema import bounded, decode, read_json
 
 from . import data
-from .calibration import Progress, silent
 from .checkpoint import (
     POINTER_FILE,
     Checkpoint,
@@ -42,6 +41,7 @@ from .checkpoint import (
 )
 from .model import GPT
 from .optimizer import OptimizerConfig
+from .progress import Progress, silent
 from .quantize import Recipe, quantize_model
 from .tokenization import TokenizerConfig, train_tokenizer
 from .trained_rounding import TrainedRounding, pulled_into_cells

@@ -22,8 +22,9 @@ from gptrt.errors import OptionError
 from gptrt.format import ModelConfig, StoredMatrix
 
 from .blocks import BlockFormat
-from .calibration import Ids, Progress, moments_of
+from .calibration import Ids, moments_of
 from .model import GPT
+from .progress import Progress
 from .quantize import Formats, average_bits, matrix_shapes
 from .rounding import corrected_where_known
 
