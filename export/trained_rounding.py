@@ -28,7 +28,7 @@ from .model import GPT
 SCALE_PREFIX = "log_scales/"  # of what learns beside the parameters of the model
 _SIGN_PREFIX = "signs/"
 _SMALLEST = 1e-9  # a block of zeros has a scale too
-_CELL = 0.49  # of a step to either side of an integer: what rounds to it
+_CELL = 0.2  # of a step to either side of an integer: nearer to the edge, noise alone would turn it
 
 
 class TrainedRounding:
@@ -180,7 +180,7 @@ class _Hidden(nn.Module):
 def pulled_into_cells(
     state: Mapping[str, Tensor], matrices: Mapping[str, BlockMatrix]
 ) -> dict[str, Tensor]:
-    """Weights that round to `matrices` and lie as near as that allows to what they were."""
+    """Weights that round to `matrices`, and on that side of each integer where they were."""
     moved = dict(state)
     for name, matrix in matrices.items():
         center = torch.from_numpy(matrix.dequantize())
