@@ -53,14 +53,23 @@ class BlockFormat:
     def levels(self) -> int:
         return 1 << self.bits
 
-    @property
-    def bits_per_weight(self) -> float:
-        return self.bits + (32 + (0 if self.symmetric else self.bits)) / self.block_size
+    def row_bytes(self, columns: int) -> float:
+        """Of a row of so many values: whole blocks, what of the last is empty included."""
+        blocks = -(-columns // self.block_size)
+        zero = 0 if self.symmetric else self.bits
+        return blocks * (self.bits * self.block_size + 32 + zero) / 8
+
+    def bits_per_weight(self, columns: int) -> float:
+        return 8 * self.row_bytes(columns) / columns
 
     def within(self, columns: int) -> BlockFormat:
-        """The same with a block that does not reach beyond a row by more than its nearest size."""
-        size = min([self.block_size, *(size for size in BLOCK_SIZES if size >= columns)])
-        return BlockFormat(self.bits, size, self.symmetric)
+        """The same with the block, of this size or a smaller one, that stores such a row in the
+        fewest bytes: where the last of the large ones would be half empty, a smaller one is both
+        less and finer. Below 32 kernels are slow, so 16 is for rows of 16 and for who asks."""
+        usable = [size for size in BLOCK_SIZES if size >= 32 or columns <= size]
+        sizes = [size for size in usable if size <= self.block_size] or [self.block_size]
+        formats = (BlockFormat(self.bits, size, self.symmetric) for size in sizes)
+        return min(formats, key=lambda fmt: (fmt.row_bytes(columns), fmt.block_size))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .blocks import BlockFormat, BlockMatrix
 from .model import GPT, Attend, CausalAttention
+from .parts import parameter_of, parts_of, rows_of
 from .progress import Progress
 from .rounding import Moments, corrected_where_known
 
@@ -40,26 +41,29 @@ def correct_errors(
     work = _Correction(model.eval(), formats, progress)
     attend, batches = CausalAttention(model.config), _batches(windows)
     if model.config.tied:
-        work.store("wte.weight", tied(_sum_moments((model.hidden(ids), None) for ids in batches)))
-    for name in ("wte.weight", "wpe.weight"):
-        if name in formats and name not in work.matrices:
-            work.store(name, None)
+        work.store_all(
+            "wte.weight", tied(_sum_moments((model.hidden(ids), None) for ids in batches))
+        )
+    else:
+        work.store_all("wte.weight", None)
+    work.store_all("wpe.weight", None)
     x = [work.rounded.embed(ids) for ids in batches]
     reference = [model.embed(ids) for ids in batches]
     for layer, (block, original) in enumerate(zip(work.rounded.h, model.h, strict=True)):
         run = partial(_run, attend, layer)
-        names = [n for n, _ in block.named_modules() if f"h.{layer}.{n}.weight" in formats]
+        whole = {parameter_of(name) for name in formats}
+        names = [n for n, _ in block.named_modules() if f"h.{layer}.{n}.weight" in whole]
         wanted: dict[str, list[Tensor]] = {name: [] for name in names}
         with _watching(original, wanted):
             reference = [run(original, b) for b in reference]
         for name in names:
             found = (_input_of(name, block, run, a) for a in x)
             moments = _sum_moments(zip(found, wanted[name], strict=True))
-            work.store(f"h.{layer}.{name}.weight", moments)
+            work.store_all(f"h.{layer}.{name}.weight", moments)
         x = [run(block, a) for a in x]
-    if "lm_head.weight" in formats:
+    if not model.config.tied:
         finals = ((model.ln_f(a), model.ln_f(b)) for a, b in zip(x, reference, strict=True))
-        work.store("lm_head.weight", _sum_moments(finals))
+        work.store_all("lm_head.weight", _sum_moments(finals))
     return work.matrices
 
 
@@ -71,12 +75,14 @@ class _Correction:
         self.matrices: dict[str, BlockMatrix] = {}
         self._formats, self._progress = formats, progress
 
-    def store(self, name: str, moments: Moments | None) -> None:
-        self._progress(len(self.matrices) / len(self._formats), f"rounding {name}")
-        parameter, fmt = self.rounded.get_parameter(name), self._formats[name]
-        matrix = corrected_where_known(parameter.detach().numpy(), fmt, moments)
-        parameter.copy_(torch.from_numpy(matrix.dequantize()))
-        self.matrices[name] = matrix
+    def store_all(self, parameter: str, moments: Moments | None) -> None:
+        """The rows of a matrix do not know of each other: its parts are rounded one by one."""
+        for name in parts_of(parameter, self._formats):
+            self._progress(len(self.matrices) / len(self._formats), f"rounding {name}")
+            rows = self.rounded.get_parameter(parameter)[rows_of(name)]
+            matrix = corrected_where_known(rows.detach().numpy(), self._formats[name], moments)
+            rows.copy_(torch.from_numpy(matrix.dequantize()))
+            self.matrices[name] = matrix
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ A matrix that is both embedding and head is stored once and read by both, in mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from gptrt.format import GRAPH_DATA_FILE, GRAPH_FILE
 
 from .blocks import BlockMatrix
 from .graph import PARAMETER_PREFIX
+from .parts import parts_of, rows_of
 
 MICROSOFT = "com.microsoft"
 PACKED_SUFFIX = "_quantized"  # of a matrix's integers; the rest of the name is the parameter's
@@ -50,11 +51,10 @@ def store_matrices(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None
     """Put `matrices`, by parameter name, in place of the constants of `model`."""
     graph = model.graph
     model.opset_imports[MICROSOFT] = 1
-    stored: dict[str, BlockMatrix] = {}
-    for name in list(graph.initializers):
-        if (matrix := _find(matrices, name)) is not None:
-            stored[name] = matrix
-            _add_constants(graph, name, matrix)
+    stored = {name: found for name in graph.initializers if (found := _find(matrices, name))}
+    for name, parts in stored.items():
+        for part in parts:
+            _add_constants(graph, name + part.rows, part.matrix)
     for product in list(products(graph)):
         name = str(product.weight.name)
         if name in stored:
@@ -67,12 +67,30 @@ def store_matrices(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None
     _remove_unused(graph, stored)
 
 
-def _find(matrices: Mapping[str, BlockMatrix], name: str) -> BlockMatrix | None:
-    """The matrix of a constant; a tied one may bear the name of the head."""
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a matrix, `first` the uppermost; `rows` is what their names end with."""
+
+    rows: str
+    first: int
+    matrix: BlockMatrix
+
+    @property
+    def count(self) -> int:
+        return len(self.matrix.scales)
+
+
+def _find(matrices: Mapping[str, BlockMatrix], name: str) -> list[Part]:
+    """The matrix of a constant, in its parts; a tied one may bear the name of the head."""
     parameter = name.removeprefix(PARAMETER_PREFIX)
-    if parameter == "lm_head.weight" and parameter not in matrices:
+    names = parts_of(parameter, matrices)
+    if parameter == "lm_head.weight" and not names:
         parameter = "wte.weight"
-    return matrices.get(parameter)
+        names = parts_of(parameter, matrices)
+    return [
+        Part(part.removeprefix(parameter), rows_of(part).start or 0, matrices[part])
+        for part in names
+    ]
 
 
 def _names(name: str) -> tuple[str, str, str]:
@@ -86,18 +104,27 @@ def _add_constants(graph: ir.Graph, name: str, matrix: BlockMatrix) -> None:
             graph.initializers.add(ir.Value(name=key, const_value=ir.tensor(array, name=key)))
 
 
-def _replace_product(graph: ir.Graph, product: Product, matrix: BlockMatrix) -> None:
-    """MatMul, and the bias that follows it, become one MatMulNBits."""
-    node, fmt = product.node, matrix.format
-    packed, scales, zeros = (
-        graph.initializers.get(key) for key in _names(str(product.weight.name))
-    )
-    last, bias = node, _bias_after(node)
+def _replace_product(graph: ir.Graph, product: Product, parts: list[Part]) -> None:
+    """MatMul, and the bias that follows it, become one MatMulNBits; or one for each part, whose
+    results stand side by side."""
+    node, name = product.node, str(product.weight.name)
+    last, bias = node, _bias_after(node) if len(parts) == 1 else None
     if bias is not None:
         last = next(iter(node.outputs[0].uses()))[0]
+    new = [_product(graph, node, name, part, bias) for part in parts]
+    if len(new) > 1:
+        new.append(ir.node("Concat", [n.outputs[0] for n in new], {"axis": -1}))
+    _substitute(graph, last, *new, also=[node] if last is not node else [])
+
+
+def _product(
+    graph: ir.Graph, node: ir.Node, name: str, part: Part, bias: ir.Value | None
+) -> ir.Node:
+    matrix, fmt = part.matrix, part.matrix.format
+    packed, scales, zeros = (graph.initializers.get(key) for key in _names(name + part.rows))
     attributes = {
         "K": matrix.columns,
-        "N": len(matrix.scales),
+        "N": part.count,
         "bits": fmt.bits,
         "block_size": fmt.block_size,
         "accuracy_level": _INT8_ACTIVATIONS,
@@ -105,8 +132,8 @@ def _replace_product(graph: ir.Graph, product: Product, matrix: BlockMatrix) -> 
     inputs = [node.inputs[0], packed, scales, zeros, None, bias]  # None: none; the fifth, an order
     while inputs[-1] is None:
         inputs.pop()
-    new = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
-    _substitute(graph, last, new, also=[node] if last is not node else [])
+    label = f"{node.name}{part.rows}"
+    return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=label)
 
 
 def _bias_after(node: ir.Node) -> ir.Value | None:
@@ -120,15 +147,45 @@ def _bias_after(node: ir.Node) -> ir.Value | None:
     return other if constant is not None and len(constant.shape) == 1 else None
 
 
-def _replace_gather(graph: ir.Graph, node: ir.Node, matrix: BlockMatrix, name: str) -> None:
-    """Rows of the shared matrix: [..., blocks, block_size] come back, made [..., columns]."""
-    packed, scales = (graph.initializers[key] for key in _names(name)[:2])
+def _replace_gather(graph: ir.Graph, node: ir.Node, parts: list[Part], name: str) -> None:
+    """Rows of the shared matrix. Of several parts each is asked for the row of its own that is
+    nearest, and the one that has it is chosen."""
+    ids = node.inputs[1]
+    assert ids is not None
+    if len(parts) == 1:
+        _substitute(graph, node, *_gather(graph, ids, parts[0], name))
+        return
+    new: list[ir.Node] = []
+    for part in reversed(parts):
+        below = new[-1].outputs[0] if new else None
+        bounds = {"first": part.first, "none": 0, "last": part.count - 1}
+        bounds |= {"after": part.first + part.count}
+        first, none, last, after = (
+            _constant(graph, f"{name}{part.rows}_{key}", np.array(value, np.int64))
+            for key, value in bounds.items()
+        )
+        shifted = ir.node("Sub", [ids, first])
+        own = ir.node("Clip", [shifted.outputs[0], none, last])
+        new += [shifted, own, *_gather(graph, own.outputs[0], part, name)]
+        if below is not None:
+            axis = _constant(graph, f"{name}_last_axis", np.array([-1], np.int64))
+            within = ir.node("Less", [ids, after])
+            wide = ir.node("Unsqueeze", [within.outputs[0], axis])
+            choice = ir.node("Where", [wide.outputs[0], new[-1].outputs[0], below])
+            new += [within, wide, choice]
+    _substitute(graph, node, *new)
+
+
+def _gather(graph: ir.Graph, ids: ir.Value, part: Part, name: str) -> list[ir.Node]:
+    """Rows of one part: [..., blocks, block_size] come back, made [..., columns]."""
+    matrix = part.matrix
+    packed, scales = (graph.initializers[key] for key in _names(name + part.rows)[:2])
     axis = _constant(graph, f"{name}_axis", np.array([2], np.int64))
     wide = _constant(graph, f"{name}_row", np.array([0, 0, -1], np.int64))
     column_scales = ir.node("Unsqueeze", [scales, axis])
     rows = ir.node(
         "GatherBlockQuantized",
-        [packed, node.inputs[1], column_scales.outputs[0]],
+        [packed, ids, column_scales.outputs[0]],
         {
             "bits": matrix.format.bits,
             "block_size": matrix.format.block_size,
@@ -144,7 +201,7 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, matrix: BlockMatrix, name: s
             for key, value in (("from", 0), ("to", matrix.columns), ("last", -1))
         ]
         new.append(ir.node("Slice", [new[-1].outputs[0], *bounds]))
-    _substitute(graph, node, *new)
+    return new
 
 
 def _constant(graph: ir.Graph, name: str, array: NDArray[np.int64]) -> ir.Value:
@@ -162,7 +219,7 @@ def _substitute(
     )
 
 
-def _remove_unused(graph: ir.Graph, stored: dict[str, BlockMatrix]) -> None:
+def _remove_unused(graph: ir.Graph, stored: Iterable[str]) -> None:
     for node in list(graph):
         if node.op_type == "Transpose" and not node.outputs[0].uses():
             graph.remove(node, safe=True)

@@ -46,7 +46,7 @@ def plot_sensitivity(
     rows = {name: -number for number, name in enumerate(options)}
     formats = dict.fromkeys(option.format for found in options.values() for option in found)
     floor = 1e-6
-    for fmt in sorted(formats, key=lambda f: f.bits_per_weight):
+    for fmt in sorted(formats, key=lambda f: (f.bits, -f.block_size)):
         dots = [o for found in options.values() for o in found if o.format == fmt]
         x, y = [max(o.damage, floor) for o in dots], [rows[o.name] for o in dots]
         axes.plot(x, y, "o", markersize=4, label=f"{fmt.bits} bits, block {fmt.block_size}")

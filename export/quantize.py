@@ -16,21 +16,28 @@ from gptrt.format import ModelConfig, Quantization, StoredMatrix
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
 from .model import GPT
+from .parts import parameter_of, parts_of, rows_of, shape_of, split
 from .progress import Progress, silent
 from .rounding import DATA_FREE, Method, nearest
 
 Mode = Literal["int8", "int4", "int2"]
 BITS: dict[Mode, int] = {"int8": 8, "int4": 4, "int2": 2}
 METHODS: tuple[Method, ...] = get_args(Method)
-HEAD_BITS = {8: 8, 4: 8, 2: 4}  # of the matrix that gives the logits, by the bits of the others
-# Kernels round the inputs of a product in blocks of the same size: at 8 bits, block 128, that costs
-# five times what the rounding of the weights does, at 4 bits less than it.
-BLOCK_SIZE = {8: 32, 4: 128, 2: 128}
+HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bits of the others
+# Vocabularies are learnt from the most frequent merge to the rarest, so the first tokens are most
+# of any text. Their rows at 8 bits undo two thirds of what a head of 4 bits costs, for an eighth of
+# what a head of 8 bits would.
+_FREQUENT_SHARE, _FREQUENT_BITS = 8, 8
+_LEAST_TO_SPLIT = 1024  # rows: below, all are frequent
+
+# The block of wide models, and of narrow ones and of 8 bits.
+_COARSEST, _FINE = 128, 32
+_WIDE = 512  # what a model of fewer columns loses to rounding, it has few weights to make good by
 
 _POSITION_BITS = 8  # a table of a few hundred rows: its size is no matter, its errors are
 _OWN_ZEROS = {"k-quant", "hqq"}  # methods that are nothing without a zero for each block
 
-_TABLES = {"wte.weight", "lm_head.weight", "wpe.weight"}
+_VOCABULARY = {"wte.weight", "lm_head.weight"}
 
 Matrices = dict[str, BlockMatrix]
 Table = Sequence[StoredMatrix]
@@ -42,7 +49,8 @@ class Recipe:
     """What a user asks for; None is the best choice known.
 
     `head_bits` is of the vocabulary matrix, the most sensitive one: where it is the embedding too,
-    it is stored once. Raises OptionError for a combination that there is not.
+    it is stored once. Left out, an eighth of its rows, the most frequent tokens, have 8 bits.
+    Raises OptionError for a combination that there is not.
     """
 
     mode: Mode
@@ -52,8 +60,8 @@ class Recipe:
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
-        BlockFormat(self.bits, self.size)
-        BlockFormat(self.bits_of_head, self.size)
+        BlockFormat(self.bits, self.block_size or _COARSEST)
+        BlockFormat(self.bits_of_head, self.block_size or _COARSEST)
         if self.method in _OWN_ZEROS and self.symmetric:
             raise OptionError(
                 f"a method for symmetric blocks: {', '.join(set(METHODS) - _OWN_ZEROS)}",
@@ -66,10 +74,6 @@ class Recipe:
     @property
     def bits(self) -> int:
         return BITS[self.mode]
-
-    @property
-    def size(self) -> int:
-        return BLOCK_SIZE[self.bits] if self.block_size is None else self.block_size
 
     @property
     def bits_of_head(self) -> int:
@@ -85,20 +89,52 @@ class Recipe:
         return self.chosen_method == "gptq"
 
     def formats(self, config: ModelConfig) -> Formats:
-        """The format of every matrix, by the name of its parameter in `GPT`."""
+        """The format of every matrix, by the name of its parameter in `GPT`, or of its `parts`."""
         symmetric = self.symmetric
         if symmetric is None:
             symmetric = self.chosen_method not in _OWN_ZEROS
-        body = BlockFormat(self.bits, self.size, symmetric)
-        special = {  # tables that rows are gathered from are symmetric: one kernel reads both
-            "lm_head.weight": BlockFormat(self.bits_of_head, self.size, symmetric),
-            "wte.weight": BlockFormat(self.bits_of_head, self.size),
-            "wpe.weight": BlockFormat(_POSITION_BITS, self.size),
-        }
-        return {
-            name: special.get(name, body).within(columns)
-            for name, (_, columns) in matrix_shapes(config).items()
-        }
+        size = self.block_size or default_block(self.bits, config.n_embd)
+        formats: Formats = {}
+        for name, shape in matrix_shapes(config).items():
+            # Tables that rows are gathered from are symmetric: one kernel reads both.
+            even = symmetric or name in ("wte.weight", "wpe.weight")
+            for part, bits in self._bits_of_parts(name, shape).items():
+                formats[part] = BlockFormat(bits, size, even).within(shape[1])
+        return formats
+
+    def _bits_of_parts(self, name: str, shape: tuple[int, int]) -> dict[str, int]:
+        if name == "wpe.weight":
+            return {name: _POSITION_BITS}
+        if name not in _VOCABULARY:
+            return {name: self.bits}
+        if self.head_bits is not None or self.bits >= _FREQUENT_BITS:
+            return {name: self.bits_of_head}
+        frequent, *rest = vocabulary_parts(name, shape[0])
+        return {frequent: _FREQUENT_BITS} | dict.fromkeys(rest, self.bits_of_head)
+
+
+def vocabulary_parts(name: str, rows: int) -> tuple[str, ...]:
+    """The rows of the frequent tokens, and the rest; of a small vocabulary all are frequent."""
+    return split(name, rows // _FREQUENT_SHARE) if rows >= _LEAST_TO_SPLIT else (name,)
+
+
+def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """[rows, columns] of whatever can have a format of its own: matrices, and parts of those that
+    belong to the vocabulary."""
+    return {
+        part: shape_of(part, shape)
+        for name, shape in matrix_shapes(config).items()
+        for part in (vocabulary_parts(name, shape[0]) if name in _VOCABULARY else (name,))
+    }
+
+
+def default_block(bits: int, width: int) -> int:
+    """Weights that share a scale, by the bits of most matrices and the width of the model.
+
+    Kernels round the inputs of a product in blocks of the same size: at 8 bits, block 128, that
+    costs five times what the rounding of the weights does, at 4 bits less than it.
+    """
+    return _COARSEST if bits < 8 and width >= _WIDE else _FINE
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -112,11 +148,12 @@ def average_bits(config: ModelConfig, formats: Mapping[str, BlockFormat]) -> flo
     """Bits a weight over all parameters, scales included, vectors at their 32 bits."""
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
-    bits = sum(
-        size * (formats[name].bits_per_weight if name in formats else 32)
-        for name, size in sizes.items()
-    )
-    return bits / sum(sizes.values())
+    weights, shapes = sum(sizes.values()), matrix_shapes(config)
+    bits = 32.0 * weights
+    for name, fmt in formats.items():
+        rows, columns = shape_of(name, shapes[parameter_of(name)])
+        bits += rows * columns * (fmt.bits_per_weight(columns) - 32)
+    return bits / weights
 
 
 def quantize_model(
@@ -137,13 +174,14 @@ def quantize_model(
         progress(number / len(formats), f"rounding {name}")
         # A method with zeros of its own leaves those that must have none to plain rounding.
         rounded = nearest if fmt.symmetric else DATA_FREE[method]
-        matrices[name] = rounded(parameters[name].detach().numpy(), fmt)
+        rows = parameters[parameter_of(name)].detach()[rows_of(name)]
+        matrices[name] = rounded(rows.numpy(), fmt)
     return matrices
 
 
 def mode_of(formats: Formats) -> Mode:
     """The mode whose bits most matrices have."""
-    bits = Counter(fmt.bits for name, fmt in formats.items() if name not in _TABLES)
+    bits = Counter(fmt.bits for name, fmt in formats.items() if name.startswith("h."))
     most = bits.most_common(1)[0][0]
     return next(mode for mode, own in BITS.items() if own == most)
 
@@ -152,16 +190,18 @@ def describe(
     mode: Mode, method: str, config: ModelConfig, formats: Formats, matrices: Table = ()
 ) -> Quantization:
     """What the manifest says of it: bits and block of most weights, the rest by name."""
-    sizes = matrix_shapes(config)
+    shapes = matrix_shapes(config)
+    sizes = {name: math.prod(shape_of(name, shapes[parameter_of(name)])) for name in formats}
     body = max(
-        (fmt for name, fmt in formats.items() if name not in _TABLES),
-        key=lambda fmt: sum(math.prod(sizes[n]) for n, f in formats.items() if f == fmt),
+        (fmt for name, fmt in formats.items() if name.startswith("h.")),
+        key=lambda fmt: sum(sizes[n] for n, f in formats.items() if f == fmt),
     )
+    head = parts_of("wte.weight" if config.tied else "lm_head.weight", formats)
     return Quantization(
         mode=mode,
         method=method,
         bits=body.bits,
-        head_bits=formats["wte.weight" if config.tied else "lm_head.weight"].bits,
+        head_bits=formats[max(head, key=sizes.__getitem__)].bits,
         block_size=body.block_size,
         bits_per_weight=round(average_bits(config, formats), 4),
         matrices=tuple(matrices),

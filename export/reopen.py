@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .graph import PARAMETER_PREFIX
 from .model import GPT
 from .nbits import PACKED_SUFFIX, products
+from .parts import parameter_of, parts_of
 from .tokenization import load_tokenizer
 
 _MATRIX_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
@@ -40,7 +41,7 @@ def load_bundle(path: Path) -> Checkpoint:
     graph = ir.load(bundle.file(GRAPH_FILE)).graph
     with torch.device("meta"):
         wanted = dict(GPT(manifest.model).named_parameters())
-    found = dict(_plain(graph)) | dict(_quantized(graph, wanted))
+    found = dict(_plain(graph)) | _joined(dict(_quantized(graph, wanted)))
     if "wte.weight" not in found:  # tied, it bears one of its two names
         found["wte.weight"] = found.pop("lm_head.weight", None)
     if missing := [name for name in wanted if found.get(name) is None]:
@@ -68,7 +69,7 @@ def _plain(graph: ir.Graph) -> Iterator[tuple[str, Any]]:
 def _quantized(
     graph: ir.Graph, wanted: Mapping[str, torch.nn.Parameter]
 ) -> Iterator[tuple[str, Any]]:
-    """Parameters stored in blocks, [out, in]."""
+    """Parameters stored in blocks, [out, in], or their parts."""
     for node in graph:
         if node.op_type not in _MATRIX_INPUT:
             continue
@@ -76,7 +77,8 @@ def _quantized(
         assert packed is not None
         stored = str(packed.name).partition(PACKED_SUFFIX)[0]
         name = stored.removeprefix(PARAMETER_PREFIX)
-        columns = wanted["wte.weight" if name not in wanted else name].shape[1]
+        parameter = parameter_of(name)
+        columns = wanted[parameter if parameter in wanted else "wte.weight"].shape[1]
         scales, zeros = (graph.initializers.get(stored + end) for end in ("_scales", "_zeros"))
         if scales is None:
             continue  # not a bundle of ours: the parameter will be found missing
@@ -86,6 +88,14 @@ def _quantized(
         own_zeros = None if zeros is None else unpack(_array(zeros), bits)[:, : steps.shape[1]]
         matrix = BlockMatrix(fmt, columns, _array(packed), steps, own_zeros)
         yield name, matrix.dequantize()
+
+
+def _joined(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole parameters of their parts."""
+    return {
+        parameter: np.concatenate([found[name] for name in parts_of(parameter, found)])
+        for parameter in map(parameter_of, found)
+    }
 
 
 def _array(value: ir.Value) -> Any:

@@ -24,8 +24,9 @@ from gptrt.format import ModelConfig, StoredMatrix
 from .blocks import BlockFormat
 from .calibration import Ids, moments_of
 from .model import GPT
+from .parts import parameter_of, rows_of
 from .progress import Progress
-from .quantize import Formats, average_bits, matrix_shapes
+from .quantize import Formats, average_bits, matrix_shapes, part_shapes
 from .rounding import corrected_where_known
 
 CANDIDATES = (
@@ -43,12 +44,16 @@ class Option:
 
     name: str
     format: BlockFormat
-    weights: int
+    shape: tuple[int, int]
     damage: float
 
     @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def bits(self) -> float:
-        return self.weights * self.format.bits_per_weight
+        return 8 * self.shape[0] * self.format.row_bytes(self.shape[1])
 
 
 Options = dict[str, tuple[Option, ...]]
@@ -64,21 +69,21 @@ def measure_damage(
 ) -> Options:
     """Every matrix in every candidate format, rounded for `calibration` and judged on `text`,
     both windows [count, length]."""
-    shapes = matrix_shapes(model.config)
-    moments = moments_of(model, shapes, calibration)
+    shapes = part_shapes(model.config)
+    moments = moments_of(model, matrix_shapes(model.config), calibration)
     reference = [F.log_softmax(model(ids), dim=-1) for ids in _batches(text)]
     twin, options = copy.deepcopy(model).eval(), {}
-    for number, (name, (rows, columns)) in enumerate(shapes.items()):
+    for number, (name, shape) in enumerate(shapes.items()):
         progress(number / len(shapes), f"measuring {name}")
-        parameter, found = twin.get_parameter(name), []
-        original = parameter.detach().clone()
-        for fmt in dict.fromkeys(fmt.within(columns) for fmt in candidates):
-            weight = original.numpy()
-            matrix = corrected_where_known(weight, fmt, moments.get(name))
-            parameter.copy_(torch.from_numpy(matrix.dequantize()))
+        parameter = parameter_of(name)
+        rows, found = twin.get_parameter(parameter)[rows_of(name)], []
+        original = rows.detach().clone()
+        for fmt in dict.fromkeys(fmt.within(shape[1]) for fmt in candidates):
+            matrix = corrected_where_known(original.numpy(), fmt, moments.get(parameter))
+            rows.copy_(torch.from_numpy(matrix.dequantize()))
             damage = max(0.0, _divergence(twin, text, reference))
-            found.append(Option(name, fmt, rows * columns, damage))
-        parameter.copy_(original)
+            found.append(Option(name, fmt, shape, damage))
+        rows.copy_(original)
         options[name] = tuple(found)
     return options
 
@@ -101,9 +106,11 @@ Plan = dict[str, Option]
 
 def check_budget(config: ModelConfig, bits_per_weight: float) -> None:
     """Raises OptionError if no plan can be that small, before anything is measured."""
-    shapes = matrix_shapes(config)
-    smallest = min(CANDIDATES, key=lambda fmt: fmt.bits_per_weight)
-    least = average_bits(config, {n: smallest.within(size[1]) for n, size in shapes.items()})
+    smallest = {
+        name: min((fmt.within(columns) for fmt in CANDIDATES), key=lambda f: f.row_bytes(columns))
+        for name, (_, columns) in matrix_shapes(config).items()
+    }
+    least = average_bits(config, smallest)
     if bits_per_weight < least:
         raise _too_few_bits(least, bits_per_weight)
 

@@ -36,6 +36,11 @@ SHAPES = {
     "llama-untied": replace(LLAMA_SHAPE, tied=False, rope_theta=5e5),
     "rotary-layernorm": replace(GPT2_SHAPE, positions="rotary", bias=False),
 }
+# Of vocabularies this large the first eighth is stored apart from the rest.
+LARGE_VOCABULARIES = {
+    "gpt2-large-vocabulary": replace(GPT2_SHAPE, vocab_size=1100),
+    "llama-untied-large-vocabulary": replace(LLAMA_SHAPE, vocab_size=1100, tied=False),
+}
 
 
 def open_session(
@@ -130,6 +135,8 @@ def test_rows_of_a_batch_are_computed_as_if_alone(
         ("llama-untied", "int4", "k-quant", 0.13),
         ("llama-untied", "int4", "hqq", 0.15),
         ("gpt2", "int2", "gptq", 0.95),
+        ("gpt2-large-vocabulary", "int4", "gptq", 0.2),
+        ("llama-untied-large-vocabulary", "int4", "hqq", 0.15),
     ],
 )
 def test_a_quantized_graph_computes_with_the_matrices_that_it_stores(
@@ -141,7 +148,7 @@ def test_a_quantized_graph_computes_with_the_matrices_that_it_stores(
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    model = scrambled(SHAPES[shape])
+    model = scrambled((SHAPES | LARGE_VOCABULARIES)[shape])
     session = open_session(
         model, save_model, text_file, tmp_path, mode=mode, method=method, block_size=32
     )
@@ -149,7 +156,8 @@ def test_a_quantized_graph_computes_with_the_matrices_that_it_stores(
     for name, tensor in model.state_dict().items():
         error = (reopened.state[name] - tensor).norm() / tensor.norm()
         assert error < bound, name
-    ids = np.random.default_rng(0).integers(0, 300, (1, 32))
+    vocabulary = model.config.vocab_size
+    ids = np.append(np.random.default_rng(0).integers(0, vocabulary, 31), vocabulary - 1)[None]
     found = session.run(ids, session.new_cache(32), keep=0)
     with torch.no_grad():
         wanted = reopened.model().eval()(torch.from_numpy(ids)).numpy()
