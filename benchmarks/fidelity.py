@@ -21,11 +21,12 @@ from typing import Any
 
 RECIPES: dict[str, list[str]] = {
     "int8": ["--quantize", "int8"],
-    "int8, block 32": ["--quantize", "int8", "--block-size", "32"],
     "int4 (default)": [],
-    "int4, block 32": ["--block-size", "32"],
+    "int4, head int8": ["--head-bits", "8"],
+    "int4, head int4": ["--head-bits", "4"],
+    "int4, block 128": ["--block-size", "128"],
+    "int4, block 128, head int4": ["--block-size", "128", "--head-bits", "4"],
     "int4, asymmetric": ["--asymmetric"],
-    "int4 throughout": ["--head-bits", "4"],
     "mixed, 4.4 bits": ["--bits-per-weight", "4.4"],
     "mixed, 5 bits": ["--bits-per-weight", "5"],
     "int4, nearest": ["--method", "nearest"],

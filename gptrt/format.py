@@ -250,12 +250,28 @@ def read_manifest(path: Path) -> Manifest:
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Read the manifest, then check the size and sha256 of every file. Raises BundleError."""
+    bundle = open_structure(path)
+    check_weights(bundle)
+    return bundle
+
+
+def open_structure(path: str | os.PathLike[str]) -> Bundle:
+    """`open_bundle`, but for the hash of the weights beside the graph: raw numbers that no parser
+    reads, and nearly all bytes. `check_weights` must follow before anyone computes with them."""
     folder = Path(path)
     manifest = read_manifest(folder)
-    for check in (_check_size, _check_hash):
-        for name, entry in manifest.files.items():
-            check(folder / name, entry)
+    for name, entry in manifest.files.items():
+        _check_size(folder / name, entry)
+    for name, entry in manifest.files.items():
+        if name != GRAPH_DATA_FILE:
+            _check_hash(folder / name, entry)
     return Bundle(folder, manifest)
+
+
+def check_weights(bundle: Bundle) -> None:
+    """The hash that `open_structure` left out. Raises BundleError."""
+    if entry := bundle.manifest.files.get(GRAPH_DATA_FILE):
+        _check_hash(bundle.file(GRAPH_DATA_FILE), entry)
 
 
 _RESTORE = "the file was changed or cut off: copy the bundle again"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gptrt.cache import KVCache
 from gptrt.config import GenerationConfig
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
-from gptrt.format import MANIFEST_FILE, Manifest, ModelConfig, open_bundle
+from gptrt.format import MANIFEST_FILE, Manifest, ModelConfig, check_weights, open_structure
 from gptrt.sampling import Sampler
 from gptrt.session import Device, Ids, Logits, Session, import_onnxruntime
 from gptrt.tokenizer import StopStrings, Tokenizer
@@ -88,12 +88,15 @@ class Generator:
         device: Device = "auto",
         threads: int | None = None,
     ) -> None:
-        with ThreadPoolExecutor(1) as beside:
-            hashing = beside.submit(open_bundle, embedded_bundle() if path is None else path)
-            import_onnxruntime()  # takes as long
-            bundle = hashing.result()
-        tokenizer = Tokenizer.open(bundle)
-        self._set_up(Session(bundle, device=device, threads=threads), tokenizer)
+        # Hashing, opening and reading the tokenizer take equally long, and none needs another.
+        bundle = open_structure(embedded_bundle() if path is None else path)
+        with ThreadPoolExecutor(2) as beside:
+            hashing = beside.submit(check_weights, bundle)
+            import_onnxruntime()
+            opening = beside.submit(Session, bundle, device=device, threads=threads)
+            tokenizer = Tokenizer.open(bundle)
+            hashing.result()
+            self._set_up(opening.result(), tokenizer)
 
     @classmethod
     def from_parts(cls, session: Runner, tokenizer: Tokenizer) -> Self:

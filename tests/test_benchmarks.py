@@ -33,7 +33,7 @@ def test_every_value_of_every_round_is_kept(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert {e["who"] for e in results["entries"]} == {
         "gptrt int4",
-        "gptrt int4 throughout",
+        "gptrt int4 with int8 head",
         "gptrt int8",
     }
     assert all(e["bytes"] > 0 and e["settings"]["quantize"] for e in results["entries"])
@@ -52,7 +52,7 @@ def test_the_report_has_a_table_and_the_settings(out: Path) -> None:
     assert "| gptrt int4 |" in report
     assert "share of limit" in report
     assert "GB/s" in report
-    assert "- gptrt int4 throughout: quantize int4, head-bits 4" in report
+    assert "- gptrt int4 with int8 head: quantize int4, head-bits 8" in report
 
 
 def test_the_pictures_are_pictures_and_can_be_drawn_again(out: Path, tmp_path: Path) -> None:

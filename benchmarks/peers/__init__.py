@@ -71,9 +71,9 @@ PEERS = (
         (
             Kind("int4", 4, {"quantize": "int4"}, families=_ALL, curves=True, scores=True),
             Kind(
-                "int4 throughout",
+                "int4 with int8 head",
                 4,
-                {"quantize": "int4", "head-bits": 4},
+                {"quantize": "int4", "head-bits": 8},
                 families=_ALL,
                 scores=True,
             ),
