@@ -235,12 +235,30 @@ def save_graph(graph: ir.Model, folder: Path) -> None:
     """The graph, and beside it its weights, which onnxruntime maps into memory instead of
     copying them (and protobuf stops at 2 GiB)."""
     path = folder / GRAPH_FILE
+    _forget_its_making(graph)
     ir.save(graph, path, external_data=GRAPH_DATA_FILE)
     saved = ir.load(path)
     for node in saved.graph:
         if node.op_type == "GatherBlockQuantized":
             _name_rows(saved.graph, node)
     ir.save(saved, path)
+
+
+def _forget_its_making(model: ir.Model) -> None:
+    """Two thirds of a graph's bytes are the exporter's notes, with the paths of the machine, and
+    shapes that onnxruntime infers by itself."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in kept:
+                value.shape, value.type = None, None
+    for value in (*kept, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _name_rows(graph: ir.Graph, gather: ir.Node) -> None:

@@ -30,8 +30,10 @@ HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bi
 _FREQUENT_SHARE, _FREQUENT_BITS = 8, 8
 _LEAST_TO_SPLIT = 1024  # rows: below, all are frequent
 
-# The block of wide models, and of narrow ones and of 8 bits.
-_COARSEST, _FINE = 128, 32
+# Weights that share a scale, by the bits of most matrices, in wide models and in narrow ones. At 8
+# bits they are fewer: kernels round the inputs of a product in blocks of the same size, and there
+# that costs more than the rounding of the weights.
+_BLOCK, _FINE_BLOCK = {8: 64, 4: 128, 2: 128}, 32
 _WIDE = 512  # what a model of fewer columns loses to rounding, it has few weights to make good by
 
 _POSITION_BITS = 8  # a table of a few hundred rows: its size is no matter, its errors are
@@ -60,8 +62,8 @@ class Recipe:
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
-        BlockFormat(self.bits, self.block_size or _COARSEST)
-        BlockFormat(self.bits_of_head, self.block_size or _COARSEST)
+        BlockFormat(self.bits, self.block_size or _FINE_BLOCK)
+        BlockFormat(self.bits_of_head, self.block_size or _FINE_BLOCK)
         if self.method in _OWN_ZEROS and self.symmetric:
             raise OptionError(
                 f"a method for symmetric blocks: {', '.join(set(METHODS) - _OWN_ZEROS)}",
@@ -93,7 +95,7 @@ class Recipe:
         symmetric = self.symmetric
         if symmetric is None:
             symmetric = self.chosen_method not in _OWN_ZEROS
-        size = self.block_size or default_block(self.bits, config.n_embd)
+        size = self.block_size or (_BLOCK[self.bits] if config.n_embd >= _WIDE else _FINE_BLOCK)
         formats: Formats = {}
         for name, shape in matrix_shapes(config).items():
             # Tables that rows are gathered from are symmetric: one kernel reads both.
@@ -126,15 +128,6 @@ def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         for name, shape in matrix_shapes(config).items()
         for part in (vocabulary_parts(name, shape[0]) if name in _VOCABULARY else (name,))
     }
-
-
-def default_block(bits: int, width: int) -> int:
-    """Weights that share a scale, by the bits of most matrices and the width of the model.
-
-    Kernels round the inputs of a product in blocks of the same size: at 8 bits, block 128, that
-    costs five times what the rounding of the weights does, at 4 bits less than it.
-    """
-    return _COARSEST if bits < 8 and width >= _WIDE else _FINE
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

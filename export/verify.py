@@ -89,21 +89,25 @@ def _nll(log_probs: Tensor, targets: Tensor) -> float:
 @torch.no_grad()
 def greedy_agreement(session: Session, model: GPT, ids: Ids) -> float:
     """How much of a greedy continuation both share before they differ: the mean share over prompts
-    from all over the text."""
+    from all over the text.
+
+    Until they differ both have read the same, so one pass of the model over what the bundle wrote
+    says where that is.
+    """
     context = model.config.n_positions
     length = min(_GREEDY_PROMPT, context // 2, len(ids))
     new = min(_GREEDY_LENGTH, context - length)
     starts = np.linspace(0, len(ids) - length, _GREEDY_PROMPTS).astype(int)
     prompts = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
     cache = session.new_cache(length + new, batch=len(prompts))
-    step, text, found = prompts, torch.from_numpy(prompts), []
+    step, text = prompts, [prompts]
     for _ in range(new):
         step = session.run(step, cache)[:, -1].argmax(-1)[:, None]
-        found.append(step)
-        best = model.lm_head(model.hidden(text)[:, -1]).argmax(-1, keepdim=True)
-        text = torch.cat((text, best), dim=1)
-    same = np.concatenate(found, axis=1) == text[:, length:].numpy()  # [prompts, new]
-    return float(np.cumprod(same, axis=1).mean())
+        text.append(step)
+    found = np.concatenate(text, axis=1)  # [prompts, length + new]
+    hidden = model.hidden(torch.from_numpy(found[:, :-1]))[:, length - 1 :]
+    best = model.lm_head(hidden).argmax(-1).numpy()  # [prompts, new]
+    return float(np.cumprod(best == found[:, length:], axis=1).mean())
 
 
 def golden_prompts(session: Session, ids: Ids, context: int) -> tuple[Golden, ...]:
