@@ -19,7 +19,6 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
-from gptrt.errors import CheckpointError
 from gptrt.format import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -31,21 +30,10 @@ from gptrt.format import (
     present_name,
 )
 
-from .model import GPT, rotary_tables
+from .model import GPT, attention_scale, rotary_tables
 
 PARAMETER_PREFIX = "model."  # of the constants: the rest is the parameter's name in GPT
 OPSET = 21  # the newest whose every operator onnxruntime has had for long
-
-
-def check_exportable(config: ModelConfig) -> None:
-    """Raises CheckpointError where GroupQueryAttention cannot compute the model."""
-    multiple = 16 if config.positions == "rotary" else 8
-    if config.head_dim % multiple:
-        raise CheckpointError(
-            f"a head_dim that is a multiple of {multiple}, as onnxruntime's attention needs it",
-            found=str(config.head_dim),
-            do="choose n_embd and n_head accordingly and train again",
-        )
 
 
 class CachedAttention:
@@ -69,7 +57,8 @@ class CachedAttention:
         past_key, past_value = self.past[2 * layer : 2 * layer + 2]
         # Key and value travel inside the query, as c_attn gives them: no split, no copies.
         cache = (past_key, past_value, self.last, self.total)
-        inputs = (packed, None, None, *cache, *self.tables)
+        rotated = config.positions == "rotary" and layer not in config.unrotated
+        inputs = (packed, None, None, *cache, *(self.tables if rotated else ()))
         width = config.n_head * config.head_dim
         y, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
@@ -77,7 +66,9 @@ class CachedAttention:
             {
                 "num_heads": config.n_head,
                 "kv_num_heads": config.n_kv_head,
-                "do_rotary": int(config.positions == "rotary"),
+                "do_rotary": int(rotated),
+                "local_window_size": config.window_of(layer) or -1,
+                "scale": attention_scale(config),
             },
             dtypes=(packed.dtype, past_key.dtype, past_value.dtype),
             shapes=((*packed.shape[:2], width), past_key.shape, past_value.shape),

@@ -10,6 +10,7 @@ What differs between training and export is attention alone, so attention is a v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptrt.format import ModelConfig
+
+from .rotary import rotary_frequencies
 
 # (layer, query | key | value [batch, seq, (n_head + 2 * n_kv_head) * head_dim])
 # -> what the heads gathered: [batch, seq, n_head * head_dim]
@@ -29,24 +32,41 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=config.bias)
-        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        biases = _either(config.qkv_bias, config.bias), _either(config.out_bias, config.bias)
+        self.c_attn = nn.Linear(config.n_embd, width + 2 * kv_width, bias=biases[0])
+        self.c_proj = nn.Linear(width, config.n_embd, bias=biases[1])
+        if config.qk_norm:
+            eps = config.norm_eps * (config.true_head_dim or config.head_dim) / config.head_dim
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=eps)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        projected: Tensor = self.c_proj(attend(self.c_attn(x)))
+        packed = self.c_attn(x)
+        if self.config.qk_norm:
+            packed = self._normalize_heads(packed)
+        projected: Tensor = self.c_proj(attend(packed))
         return projected
+
+    def _normalize_heads(self, packed: Tensor) -> Tensor:
+        config = self.config
+        heads = packed.view(*packed.shape[:2], -1, config.head_dim)  # [batch, seq, heads, dim]
+        counts = [config.n_head, config.n_kv_head, config.n_kv_head]
+        query, key, value = torch.split(heads, counts, dim=-2)
+        return torch.cat((self.q_norm(query), self.k_norm(key), value), dim=-2).flatten(-2)
 
 
 class FeedForward(nn.Module):
-    """GELU as in GPT-2, or SwiGLU (https://arxiv.org/abs/2002.05202) as in Llama."""
+    """GELU as in GPT-2, ReLU as in OPT, SwiGLU (https://arxiv.org/abs/2002.05202) as in Llama."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
         fan_out = 2 * config.n_inner if config.activation == "swiglu" else config.n_inner
-        self.c_fc = nn.Linear(config.n_embd, fan_out, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        bias = _either(config.mlp_bias, config.bias)
+        self.c_fc = nn.Linear(config.n_embd, fan_out, bias=bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         projected: Tensor = self.c_proj(self._activate(self.c_fc(x)))
@@ -56,7 +76,13 @@ class FeedForward(nn.Module):
         if self.activation == "swiglu":
             gate, up = x.chunk(2, dim=-1)  # each [batch, seq, n_inner]
             return F.silu(gate) * up
+        if self.activation == "relu":
+            return F.relu(x)
         return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+
+def _either(own: bool | None, general: bool) -> bool:
+    return general if own is None else own
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -66,10 +92,11 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Pre-norm residual block: attention, then feed-forward, or both side by side."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
+        self.parallel = config.parallel
         self.ln_1 = make_norm(config)
         self.attn = Attention(config)
         self.ln_2 = make_norm(config)
@@ -77,8 +104,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), attend))
-        out: Tensor = x + self.dropout(self.mlp(self.ln_2(x)))
+        attended = x + self.dropout(self.attn(self.ln_1(x), attend))
+        read = x if self.parallel else attended
+        out: Tensor = attended + self.dropout(self.mlp(self.ln_2(read)))
         return out
 
 
@@ -168,18 +196,25 @@ class CausalAttention:
 
     def __call__(self, layer: int, packed: Tensor) -> Tensor:
         query, key, value = self.heads(packed, layer)
-        grouped = self.config.n_head != self.config.n_kv_head
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        window = self.config.window_of(layer)
+        y = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=window_mask(query, window) if window else None,
+            is_causal=not window,
+            scale=attention_scale(self.config),
+            enable_gqa=self.config.n_head != self.config.n_kv_head,
+        )
         return y.transpose(1, 2).flatten(2)  # [batch, seq, n_head * head_dim]
 
     def heads(self, packed: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, rotated where wanted, each [batch, heads, seq, head_dim]."""
-        del layer  # no layer differs
         config = self.config
         heads = packed.view(*packed.shape[:2], -1, config.head_dim).transpose(1, 2)
         counts = [config.n_head, config.n_kv_head, config.n_kv_head]
         query, key, value = torch.split(heads, counts, dim=1)
-        if config.positions == "rotary":
+        if config.positions == "rotary" and layer not in config.unrotated:
             cos, sin = self._tables(query)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query, key, value
@@ -191,11 +226,30 @@ class CausalAttention:
         return self._rotary
 
 
+def attention_scale(config: ModelConfig) -> float:
+    """What products of query and key are multiplied with."""
+    return 1 / math.sqrt(config.true_head_dim or config.head_dim)
+
+
+def window_mask(query: Tensor, window: int) -> Tensor:
+    """Which positions [seq, seq] see which: `window` of them, itself the last."""
+    seq = query.shape[2]
+    at = torch.arange(seq, device=query.device)
+    behind = at[:, None] - at
+    return (behind >= 0) & (behind < window)
+
+
 def rotary_tables(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [length, head_dim / 2] of RoPE (https://arxiv.org/abs/2104.09864)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), config.rope_theta**-exponents)
-    return angles.cos().float(), angles.sin().float()
+    """Cosine and sine [length, head_dim / 2] of RoPE (https://arxiv.org/abs/2104.09864).
+
+    Pairs beyond `rotary_dim` have frequency 0: they are turned by nothing.
+    """
+    frequencies, factor = rotary_frequencies(config)
+    padded = F.pad(frequencies, (0, config.head_dim // 2 - len(frequencies)))
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), padded)
+    turned = torch.arange(config.head_dim // 2) < len(frequencies)
+    scale = torch.where(turned, factor, 1.0)
+    return (angles.cos() * scale).float(), (angles.sin() * scale).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

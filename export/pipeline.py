@@ -27,7 +27,8 @@ from gptrt.session import Session
 from .card import model_card
 from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
 from .companions import write_companions
-from .graph import build_graph, check_exportable
+from .graph import build_graph
+from .heads import with_padded_heads
 from .kv_cache import calibrate_cache, quantize_cache
 from .model import GPT
 from .nbits import save_graph, store_matrices
@@ -52,11 +53,11 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silen
     refuse_taken(out, force=options.force)
     options.check()
     checkpoint = load_checkpoint(source)
-    check_exportable(checkpoint.config)
     options.check_for(checkpoint)
     calibrate = options.needs_calibration(checkpoint)
     texts = choose_texts(source, checkpoint, options.text_files, calibrate=calibrate)
     reference = _reference(source, checkpoint, options)
+    checkpoint = with_padded_heads(checkpoint)
     model = checkpoint.rounded().model().eval()
     with written_whole(out) as folder:
         stored = store(checkpoint, model, texts, options, step)
@@ -106,7 +107,7 @@ def verify(
 ) -> tuple[Manifest, Fidelity]:
     """Measure an existing bundle against the checkpoint `against` on a text file."""
     bundle = open_bundle(path)
-    checkpoint = load_checkpoint(against)
+    checkpoint = with_padded_heads(load_checkpoint(against))
     _check_same_shape(checkpoint, bundle.manifest.model)
     texts = choose_texts(against, checkpoint, TextFiles(text), calibrate=False)
     step("verifying against PyTorch")

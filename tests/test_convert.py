@@ -311,14 +311,6 @@ def test_wrong_input_to_convert_is_refused_before_any_work(
         assert not list(tmp_path.glob(".*"))
 
 
-def test_a_head_size_that_attention_cannot_compute_is_refused(
-    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
-) -> None:
-    odd = scrambled(replace(GPT2_SHAPE, n_head=16, n_kv_head=16, head_dim=4))
-    with pytest.raises(CheckpointError, match="multiple of 8"):
-        convert(save_model(odd), tmp_path / "b", ConvertOptions(verify_text=text_file))
-
-
 def test_output_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")

@@ -1,0 +1,223 @@
+"""Every native family: transformers' own model, imported, saved, exported and quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from export.families import FAMILIES
+from export.options import ConvertOptions
+from export.pipeline import convert
+from export.tokenization import TokenizerConfig, train_tokenizer
+from gptrt.errors import CheckpointError
+from gptrt.format import open_bundle
+from gptrt.generator import Generator
+from gptrt.session import Session
+
+from .conftest import story
+
+transformers = pytest.importorskip("transformers", reason="the reference implementation")
+
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+_UNEVEN = _LLAMA | {"head_dim": 20, "tie_word_embeddings": False}
+_NEOX: dict[str, Any] = {
+    key: value for key, value in _LLAMA.items() if key not in ("num_key_value_heads", "head_dim")
+}
+_LONG = {"factor": 4.0, "original_max_position_embeddings": 32}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": 300, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    ),
+    "gpt2-uneven": (
+        "gpt2",
+        {
+            "vocab_size": 300,
+            "n_embd": 60,
+            "n_layer": 2,
+            "n_head": 3,
+            "n_positions": 128,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "opt": ("opt", _NEOX | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "opt-uneven": (
+        "opt",
+        _NEOX
+        | {"hidden_size": 60, "word_embed_proj_dim": 60, "ffn_dim": 100}
+        | {"num_attention_heads": 3, "activation_function": "gelu", "tie_word_embeddings": False},
+    ),
+    "gpt_neox": ("gpt_neox", _NEOX | {"tie_word_embeddings": False}),
+    "gpt_neox-uneven": (
+        "gpt_neox",
+        _NEOX
+        | {"hidden_size": 60, "num_attention_heads": 3, "use_parallel_residual": False}
+        | {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_neox-no-bias": ("gpt_neox", _NEOX | {"attention_bias": False, "rotary_pct": 1.0}),
+    "llama": ("llama", _LLAMA),
+    "llama-uneven": ("llama", _UNEVEN | {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("llama", _LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama-dynamic": ("llama", _LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama-llama3": (
+        "llama",
+        _LLAMA
+        | {"rope_theta": 5e5}
+        | {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                **_LONG,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
+        },
+    ),
+    "llama-yarn": ("llama", _LLAMA | {"rope_scaling": {"rope_type": "yarn", **_LONG}}),
+    "llama-longrope": (
+        "llama",
+        _LLAMA
+        | {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 96,
+                "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                "long_factor": [2.0 + 0.1 * i for i in range(8)],
+            }
+        },
+    ),
+    "mistral": ("mistral", _LLAMA | {"sliding_window": 12}),
+    "mistral-uneven": ("mistral", _UNEVEN | {"sliding_window": None}),
+    "qwen2": ("qwen2", _LLAMA),
+    "qwen2-windows": (
+        "qwen2",
+        {k: v for k, v in _UNEVEN.items() if k != "head_dim"}
+        | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", _LLAMA),
+    "qwen3-uneven": ("qwen3", _UNEVEN | {"attention_bias": True}),
+    "smollm3": ("smollm3", _LLAMA | {"no_rope_layer_interval": 2, "pad_token_id": None}),
+    "smollm3-uneven": (
+        "smollm3",
+        _UNEVEN
+        | {"pad_token_id": None}
+        | {"no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 7},
+    ),
+}
+IDS = np.random.default_rng(1).integers(3, 300, (2, 40))
+
+
+def reference(name: str) -> Any:
+    """transformers' model of a config, none of its parameters zero or one."""
+    model_type, options = CONFIGS[name]
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            center = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+            parameter.normal_(center, 0.1)
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def imported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Checkpoint, Path]:
+    """transformers' model, what we make of its folder, and that folder with a tokenizer."""
+    theirs = reference(request.param)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [story()])
+    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    return theirs, load_checkpoint(tmp_path / "theirs"), tmp_path / "theirs"
+
+
+def logits_of(model: Any, ids: Any) -> Any:
+    with torch.no_grad():
+        found = model(torch.as_tensor(ids))
+    return getattr(found, "logits", found).numpy()
+
+
+def test_an_imported_checkpoint_gives_transformers_logits_and_saves_back(
+    imported: tuple[Any, Checkpoint, Path], tmp_path: Path
+) -> None:
+    theirs, checkpoint, _ = imported
+    wanted = logits_of(theirs, IDS)
+    np.testing.assert_allclose(logits_of(checkpoint.model().eval(), IDS), wanted, atol=1e-4)
+    save_checkpoint(checkpoint, tmp_path / "back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    np.testing.assert_allclose(logits_of(back, IDS), wanted, atol=1e-4)
+    assert load_checkpoint(tmp_path / "back").config == checkpoint.config
+
+
+def test_an_exported_family_gives_transformers_logits_and_greedy_ids(
+    imported: tuple[Any, Checkpoint, Path], text_file: Path, tmp_path: Path
+) -> None:
+    theirs, _, folder = imported
+    options = ConvertOptions("none", verify_text=text_file, allow_loss=True)
+    convert(folder, tmp_path / "bundle", options)
+    session = Session(open_bundle(tmp_path / "bundle"), device="cpu", threads=1)
+    cache = session.new_cache(40, batch=2)
+    found = [session.run(IDS[:, :30], cache, keep=0).copy()]
+    found += [session.run(IDS[:, n : n + 1], cache).copy() for n in range(30, 40)]
+    wanted = logits_of(theirs, IDS)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
+    prompt, ids = IDS[:1, :8], IDS[:1, :8]
+    for _ in range(64):
+        ids = np.append(ids, logits_of(theirs, ids)[:, -1:].argmax(-1), axis=1)
+    with Generator(tmp_path / "bundle", device="cpu") as generator:
+        generator.tokenizer = generator.tokenizer.endless()
+        new = list(generator.tokens(prompt[0], max_new_tokens=64))
+    assert new == ids[0, 8:].tolist()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["opt", "gpt_neox", "mistral", "qwen2", "qwen3-uneven", "smollm3"])
+def test_a_quantized_family_loads_and_generates(
+    name: str, mode: str, text_file: Path, tmp_path: Path
+) -> None:
+    reference(name).save_pretrained(tmp_path / "theirs")
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [story()])
+    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    options = ConvertOptions(mode, verify_text=text_file, method="nearest", allow_loss=True)  # type: ignore[arg-type]
+    manifest = convert(tmp_path / "theirs", tmp_path / "bundle", options)
+    assert manifest.fidelity is not None
+    assert manifest.fidelity.kl < {"int8": 0.01, "int4": 0.3}[mode]
+    with Generator(tmp_path / "bundle", device="cpu") as generator:
+        assert len(list(generator.tokens([5, 6, 7], max_new_tokens=8))) == 8
+
+
+def test_every_family_has_a_shape_here() -> None:
+    tested = {model_type for model_type, _ in CONFIGS.values()}
+    assert {family.model_type for family in FAMILIES} == tested | {"gptrt"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "word"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("gpt2", {"activation_function": "swish"}, "swish"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
+    ],
+)
+def test_what_a_family_cannot_express_is_refused(
+    name: str, change: dict[str, Any], word: str
+) -> None:
+    model_type, options = CONFIGS[name]
+    family = next(family for family in FAMILIES if family.model_type == model_type)
+    with pytest.raises(CheckpointError, match=word):
+        family.from_json(options | change)
