@@ -64,12 +64,15 @@ def random_checkpoint(preset: str, work: Path) -> Checkpoint:
     from gptrt_export import checkpoint as ck
     from gptrt_export.model import GPT
     from gptrt_export.presets import load_preset
+    from gptrt_export.tokenization import special_ids
 
     path = work / preset / "checkpoint"
     if not path.exists():
         config = load_preset(preset).model
         tokenizer = numbered_tokenizer(config.vocab_size)
-        model = ck.Checkpoint(config, GPT(config).state_dict(), tokenizer, {"source": "random"})
+        weights, lineage = GPT(config).state_dict(), {"source": "random"}
+        special = special_ids(tokenizer)
+        model = ck.Checkpoint(config, weights, tokenizer, lineage, special=special)
         ck.save_checkpoint(model, path)
     return read_checkpoint(preset, path)
 

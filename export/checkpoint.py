@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptrt.errors import CheckpointError, TargetError
-from gptrt.format import CONFIG_FILE, TOKENIZER_FILE, ModelConfig
+from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, ModelConfig
 from gptrt.schema import read_json
 
 from .families import family_for, family_named
 from .model import GPT
-from .tokenization import END_OF_TEXT, load_tokenizer, save_tokenizer
+from .pickled import pickled_file, read_pickled
+from .tokenization import SpecialIds, load_tokenizer, read_special_ids, save_tokenizer, special_ids
 from .trained_rounding import TrainedRounding
 
 WEIGHTS_FILE = "model.safetensors"
@@ -52,6 +53,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     lineage: dict[str, str]
     rounding: TrainedRounding | None = None
+    special: SpecialIds = field(default_factory=SpecialIds)
 
     def model(self, dropout: float = 0.0) -> GPT:
         """The model to train further."""
@@ -91,11 +93,13 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a run folder of ours or a Hugging Face folder. Raises CheckpointError.
+    """Read a run folder of ours, a Hugging Face folder or a pickled file. Raises CheckpointError.
 
     Weights are widened to fp32, the precision in which everything here is computed.
     """
     folder = resolve_checkpoint(path)
+    if not _weights_are_safe(folder) and (file := pickled_file(folder)):
+        return _load_pickled(file)
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"a checkpoint in {path} (a run folder, or {CONFIG_FILE} with *.safetensors)",
@@ -110,14 +114,42 @@ def load_checkpoint(path: Path) -> Checkpoint:
     state = family.from_tensors(config, dict(_read_tensors(folder)))
     state = {name: tensor.float().contiguous() for name, tensor in state.items()}
     _check_shapes(config, state, folder)
-    lineage = folder / LINEAGE_FILE
+    lineage, vocabulary = folder / LINEAGE_FILE, folder / TOKENIZER_FILE
+    tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
     return Checkpoint(
         config,
         state,
-        load_tokenizer(folder / TOKENIZER_FILE) if (folder / TOKENIZER_FILE).exists() else None,
+        tokenizer,
         read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
         _read_rounding(folder, state),
+        _special_ids(folder, config, tokenizer),
     )
+
+
+def _weights_are_safe(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def _load_pickled(file: Path) -> Checkpoint:
+    config, tensors = read_pickled(file)
+    state = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    if config.tied:
+        state["lm_head.weight"] = state["wte.weight"]
+    _check_shapes(config, state, file)
+    vocabulary = file.parent / TOKENIZER_FILE
+    tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
+    special = special_ids(tokenizer) if tokenizer else SpecialIds()
+    return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
+
+
+def _special_ids(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None) -> SpecialIds:
+    for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):  # the first overrules the second
+        if (folder / name).is_file():
+            json = read_json(folder / name, error=CheckpointError)
+            found = read_special_ids(json, config.vocab_size) if isinstance(json, dict) else None
+            if found is not None:
+                return found
+    return special_ids(tokenizer) if tokenizer else SpecialIds()
 
 
 def _read_rounding(folder: Path, state: dict[str, Tensor]) -> TrainedRounding | None:
@@ -170,7 +202,7 @@ def _check_shapes(config: ModelConfig, state: dict[str, Tensor], folder: Path) -
     ]
     if faults:
         raise CheckpointError(
-            f"weights in {folder} that fit its {CONFIG_FILE}",
+            f"weights in {folder} that fit its configuration",
             found="; ".join(sorted(faults)),
             do="restore both files from the same model",
         )
@@ -185,21 +217,17 @@ def save_checkpoint(
     tensors = family.to_tensors(checkpoint.config, checkpoint.state)
     with written_whole(folder) as temporary:
         save_tensors(tensors, temporary / WEIGHTS_FILE)
-        write_json(temporary / CONFIG_FILE, config | _special_tokens(checkpoint.tokenizer))
+        write_json(temporary / CONFIG_FILE, config | checkpoint.special.json())
         write_json(temporary / LINEAGE_FILE, checkpoint.lineage)
         if checkpoint.tokenizer is not None:
-            save_tokenizer(checkpoint.tokenizer, temporary, checkpoint.config.n_positions)
+            length = checkpoint.config.n_positions
+            save_tokenizer(checkpoint.tokenizer, temporary, length, checkpoint.special)
         if checkpoint.rounding is not None:
             save_tensors(checkpoint.rounding.tensors(), temporary / SCALES_FILE)
             write_json(temporary / FORMATS_FILE, checkpoint.rounding.formats_json())
         for name, content in (extra or {}).items():
             write = save_tensors if name.endswith(".safetensors") else _write_json_to
             write(content, temporary / name)
-
-
-def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    end = tokenizer.token_to_id(END_OF_TEXT) if tokenizer else None
-    return {"bos_token_id": end, "eos_token_id": end}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -21,20 +21,20 @@ from gptrt.format import (
 
 from .checkpoint import write_json
 from .families import family_for
-from .tokenization import END_OF_TEXT, save_tokenizer
+from .tokenization import SpecialIds, save_tokenizer
 
 
-def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+def write_companions(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, special: SpecialIds
+) -> None:
     """The configurations of model, generation, tokenizer and onnxruntime-genai."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    special = {"bos_token_id": end, "eos_token_id": end}
-    write_json(folder / CONFIG_FILE, family_for(config).to_json(config) | special)
-    write_json(folder / GENERATION_CONFIG_FILE, special)
-    write_json(folder / GENAI_CONFIG_FILE, genai_config(config, end))
-    save_tokenizer(tokenizer, folder, config.n_positions)
+    write_json(folder / CONFIG_FILE, family_for(config).to_json(config) | special.json())
+    write_json(folder / GENERATION_CONFIG_FILE, special.json())
+    write_json(folder / GENAI_CONFIG_FILE, genai_config(config, special))
+    save_tokenizer(tokenizer, folder, config.n_positions, special)
 
 
-def genai_config(config: ModelConfig, end: int | None) -> dict[str, Any]:
+def genai_config(config: ModelConfig, special: SpecialIds) -> dict[str, Any]:
     """What onnxruntime-genai reads: a model of type `decoder` with a shared cache buffer.
 
     `%d` is its placeholder for the layer, a convention of that file.
@@ -44,13 +44,13 @@ def genai_config(config: ModelConfig, end: int | None) -> dict[str, Any]:
         for when, stem in (("past", "past_key_values"), ("present", "present"))
         for part in ("key", "value")
     }
-    token = 0 if end is None else end
+    end = list(special.eos) if len(special.eos) > 1 else special.end or 0
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": token,
-            "eos_token_id": token,
-            "pad_token_id": token,
+            "bos_token_id": special.bos or 0,
+            "eos_token_id": end,
+            "pad_token_id": special.end or 0,
             "context_length": config.n_positions,
             "vocab_size": config.vocab_size,
             "decoder": {

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from gptrt.errors import DataError
 
 from .progress import Progress, silent
-from .tokenization import END_OF_TEXT
 
 Ids = NDArray[np.int64]
 
@@ -96,15 +95,15 @@ def tokenize(
     tokenizer: Tokenizer,
     target: Path,
     *,
+    end: int | None,
     held_out: float = 0.0,
     progress: Progress = silent,
 ) -> tuple[int, Ids]:
-    """Write the ids of all files to `target`, each file closed by the end-of-text token.
+    """Write the ids of all files to `target`, each file closed by the id `end`.
 
     Returns how many ids were written, and the last `held_out` share of every file, which is left
     out of `target`. The file appears under its name only when it is whole.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
     partial = target.with_name(target.name + ".partial")
     held: list[NDArray[np.uint32]] = []
     with partial.open("w+b") as out:

@@ -71,7 +71,7 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silen
         if stored.options:
             plot_sensitivity(stored.options, stored.quantization.matrices, folder / _PICTURE_FILE)
         assert checkpoint.tokenizer is not None
-        write_companions(folder, checkpoint.config, checkpoint.tokenizer)
+        write_companions(folder, checkpoint.config, checkpoint.tokenizer, checkpoint.special)
         checkpoint = replace(checkpoint, lineage=checkpoint.lineage | options.notes)
         cache = options.cache_layout(checkpoint.config)
         draft = _manifest(out.name, checkpoint, cache, stored.quantization, folder)

@@ -15,7 +15,15 @@ import onnx_ir as ir
 import torch
 
 from gptrt.errors import CheckpointError
-from gptrt.format import GRAPH_DATA_FILE, GRAPH_FILE, MANIFEST_FILE, TOKENIZER_FILE, open_bundle
+from gptrt.format import (
+    GENERATION_CONFIG_FILE,
+    GRAPH_DATA_FILE,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    open_bundle,
+)
+from gptrt.schema import read_json
 
 from .blocks import BlockFormat, BlockMatrix, unpack
 from .checkpoint import Checkpoint, load_checkpoint
@@ -23,7 +31,7 @@ from .graph import PARAMETER_PREFIX
 from .model import GPT
 from .nbits import PACKED_SUFFIX, products
 from .parts import parameter_of, parts_of
-from .tokenization import load_tokenizer
+from .tokenization import load_tokenizer, read_special_ids, special_ids
 
 _MATRIX_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
 
@@ -54,7 +62,9 @@ def load_bundle(path: Path) -> Checkpoint:
     if manifest.model.tied:
         state["lm_head.weight"] = state["wte.weight"]
     tokenizer = load_tokenizer(bundle.file(TOKENIZER_FILE))
-    return Checkpoint(manifest.model, state, tokenizer, manifest.lineage)
+    json = read_json(bundle.file(GENERATION_CONFIG_FILE), error=CheckpointError)
+    special = read_special_ids(json, manifest.model.vocab_size) or special_ids(tokenizer)
+    return Checkpoint(manifest.model, state, tokenizer, manifest.lineage, special=special)
 
 
 def _plain(graph: ir.Graph) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from .model import GPT
 from .optimizer import OptimizerConfig
 from .progress import Progress, silent
 from .quantize import Recipe, quantize_model
-from .tokenization import TokenizerConfig, train_tokenizer
+from .tokenization import SpecialIds, TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding, pulled_into_cells
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
@@ -133,6 +134,7 @@ class Run:
         weights: dict[str, torch.Tensor],
         moments: dict[str, torch.Tensor],
         tokenizer: Tokenizer,
+        special: SpecialIds,
         state: State,
         *,
         best: bool,
@@ -148,7 +150,8 @@ class Run:
         }
         if valid_loss is not None:
             lineage["validation_perplexity"] = f"{math.exp(valid_loss):.2f}"
-        checkpoint = Checkpoint(self.config.model, weights, tokenizer, lineage, rounding)
+        model = self.config.model
+        checkpoint = Checkpoint(model, weights, tokenizer, lineage, rounding, special)
         extra: dict[str, Any] = {STATE_FILE: asdict(state)}
         if moments:
             extra[OPTIMIZER_FILE] = moments
@@ -226,8 +229,9 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     tokenizer = base.tokenizer if base else _tokenizer(plan, progress)
     if tokenizer is None:
         raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
+    special = base.special if base else special_ids(tokenizer)
     (folder / DATA_FOLDER).mkdir()
-    counts = _write_data(folder / DATA_FOLDER, tokenizer, plan, progress)
+    counts = _write_data(folder / DATA_FOLDER, tokenizer, special.end, plan, progress)
     if isinstance(plan.start, Checkpoint):
         model, weights = plan.start.config, plan.start.state
     else:
@@ -242,7 +246,7 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     rounding = base.rounding if base else None
     if plan.recipe is not None:
         weights, rounding = _start_rounding(run, weights, plan.recipe, progress)
-    run.save(weights, {}, tokenizer, State(), best=True, rounding=rounding)
+    run.save(weights, {}, tokenizer, special, State(), best=True, rounding=rounding)
 
 
 def _start_rounding(
@@ -264,16 +268,15 @@ def _tokenizer(plan: RunPlan, progress: Progress) -> Tokenizer:
 
 
 def _write_data(
-    folder: Path, tokenizer: Tokenizer, plan: RunPlan, progress: Progress
+    folder: Path, tokenizer: Tokenizer, end: int | None, plan: RunPlan, progress: Progress
 ) -> tuple[int, int]:
     """Token counts (train, valid); named validation files win over a share held out."""
     train, valid = folder / data.TRAIN_IDS, folder / data.VALID_IDS
+    tokenize = partial(data.tokenize, tokenizer=tokenizer, end=end, progress=progress)
     if plan.held_out:
-        trained, _ = data.tokenize(plan.texts, tokenizer, train, progress=progress)
-        return trained, data.tokenize(plan.held_out, tokenizer, valid, progress=progress)[0]
-    trained, tail = data.tokenize(
-        plan.texts, tokenizer, train, held_out=_HELD_OUT, progress=progress
-    )
+        trained, _ = tokenize(plan.texts, target=train)
+        return trained, tokenize(plan.held_out, target=valid)[0]
+    trained, tail = tokenize(plan.texts, target=train, held_out=_HELD_OUT)
     data.save_ids(tail, valid)
     return trained, len(tail)
 
@@ -300,9 +303,9 @@ def truncate_log(path: Path, step: int) -> None:
         return
     lines = path.read_text().splitlines() if step else []
     kept = [line for line in lines if _step_of(line) <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
+    half = path.with_suffix(".partial")
+    half.write_text("".join(line + "\n" for line in kept))
+    half.replace(path)
 
 
 def _step_of(line: str) -> float:

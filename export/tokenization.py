@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import (
     AddedToken,
@@ -35,6 +35,43 @@ class TokenizerConfig:
     kind: Literal["bpe", "char"]
     vocab_size: int = 8192
     plain_punctuation: bool = False
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The id that begins a text and those that end one, as `config.json` names them."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int | None:
+        """The one that closes a text in training."""
+        return self.eos[0] if self.eos else None
+
+    def json(self) -> dict[str, Any]:
+        eos = list(self.eos) if len(self.eos) > 1 else self.end
+        return {"bos_token_id": self.bos, "eos_token_id": eos}
+
+
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """Those of a tokenizer that we made: one token is both."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return SpecialIds() if end is None else SpecialIds(end, (end,))
+
+
+def read_special_ids(json: dict[str, Any], vocab_size: int) -> SpecialIds | None:
+    """What a `config.json` or `generation_config.json` says; None if it does not say what ends a
+    text. Ids outside the vocabulary, which some files have, never come up and are left out."""
+    bos, eos = json.get("bos_token_id"), json.get("eos_token_id")
+    if eos is None:
+        return None
+    ids = [i for i in (eos if isinstance(eos, list) else [eos]) if _is_id(i, vocab_size)]
+    return SpecialIds(bos if _is_id(bos, vocab_size) else None, tuple(ids))
+
+
+def _is_id(value: Any, vocab_size: int) -> bool:
+    return type(value) is int and 0 <= value < vocab_size
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -96,13 +133,15 @@ def open_tokenizer(path: Path) -> Tokenizer:
     )
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, max_length: int, special: SpecialIds
+) -> None:
     """`tokenizer.json`, and what transformers and onnxruntime-genai want to know beside it."""
-    end = END_OF_TEXT if tokenizer.token_to_id(END_OF_TEXT) is not None else None
+    bos, eos = (None if i is None else tokenizer.id_to_token(i) for i in (special.bos, special.end))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # which takes tokenizer.json as it is
-        "bos_token": end,
-        "eos_token": end,
+        "bos_token": bos,
+        "eos_token": eos,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }

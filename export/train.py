@@ -110,7 +110,7 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config.train
         checkpoint, moments, self.state = run.last()
-        self.tokenizer = checkpoint.tokenizer
+        self.tokenizer, self.special = checkpoint.tokenizer, checkpoint.special
         self.device = torch.device(run.config.device)
         self.model: GPT = checkpoint.model(self.config.dropout).to(self.device)
         self.rounding = checkpoint.rounding.to(self.device) if checkpoint.rounding else None
@@ -206,6 +206,7 @@ class Trainer:
             weights,
             moments,
             self.tokenizer,
+            self.special,
             self.state,
             best=best,
             valid_loss=valid_loss,

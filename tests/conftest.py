@@ -25,7 +25,7 @@ from export.options import ConvertOptions
 from export.pipeline import convert
 from export.progress import ProgressBar
 from export.runs import Run, RunPlan, TrainConfig, create_run
-from export.tokenization import TokenizerConfig, train_tokenizer
+from export.tokenization import TokenizerConfig, special_ids, train_tokenizer
 from export.train import train
 from gptrt.cli import main as gptrt
 from gptrt.format import ModelConfig
@@ -152,7 +152,9 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[GPT], Path
     def save(model: GPT) -> Path:
         folder = tmp_path_factory.mktemp("checkpoint") / "model"
         tokenizer = train_tokenizer(TokenizerConfig("bpe", model.config.vocab_size), [story()])
-        save_checkpoint(Checkpoint(model.config, model.state_dict(), tokenizer, {}), folder)
+        state, special = model.state_dict(), special_ids(tokenizer)
+        checkpoint = Checkpoint(model.config, state, tokenizer, {}, special=special)
+        save_checkpoint(checkpoint, folder)
         return folder
 
     return save

@@ -13,6 +13,7 @@ from export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from export.families import FAMILIES
 from export.options import ConvertOptions
 from export.pipeline import convert
+from export.reopen import load_bundle
 from export.tokenization import TokenizerConfig, train_tokenizer
 from gptrt.errors import CheckpointError
 from gptrt.format import open_bundle
@@ -221,3 +222,30 @@ def test_what_a_family_cannot_express_is_refused(
     family = next(family for family in FAMILIES if family.model_type == model_type)
     with pytest.raises(CheckpointError, match=word):
         family.from_json(options | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shards_of_half_precision_load_as_the_fp32_model_that_they_are(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    reference("qwen2").to(dtype).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    found = load_checkpoint(tmp_path)
+    assert {tensor.dtype for tensor in found.state.values()} == {torch.float32}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    wanted = logits_of(theirs.eval(), IDS)
+    np.testing.assert_allclose(logits_of(found.model().eval(), IDS), wanted, atol=1e-4)
+
+
+def test_the_ids_that_end_a_text_come_along(text_file: Path, tmp_path: Path) -> None:
+    theirs = reference("llama")
+    theirs.config.eos_token_id = 7
+    theirs.generation_config.eos_token_id = [7, 9, 5000]  # it counts, and one is no token at all
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [story()])
+    tokenizer.save(str(tmp_path / "theirs" / "tokenizer.json"))
+    options = ConvertOptions("none", verify_text=text_file, allow_loss=True)
+    convert(tmp_path / "theirs", tmp_path / "bundle", options)
+    with Generator(tmp_path / "bundle", device="cpu") as generator:
+        assert generator.tokenizer.eos_token_ids == (7, 9)
+    assert load_bundle(tmp_path / "bundle").special.eos == (7, 9)

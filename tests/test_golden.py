@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,7 @@ def test_gpt_nano_sort_computes_the_published_logits_and_sorts_everything(tmp_pa
 
 def adder_checkpoint() -> Checkpoint:
     """minGPT's adder of 2-digit numbers: their digits, then the last, ..., first of the sum."""
-    state = torch.load(GOLDEN / "mingpt-adder" / "model.pt", map_location="cpu", weights_only=True)
-    width = {"n_embd": 48, "head_dim": 16, "n_inner": 192}
-    config = ModelConfig(10, 6, n_layer=3, n_head=3, n_kv_head=3, tied=False, **width)
-    named = {k.removeprefix("transformer."): v for k, v in state.items()}
-    known = GPT(config).state_dict()
-    return Checkpoint(config, {k: v for k, v in named.items() if k in known}, numbers(10), {})
+    return replace(load_checkpoint(GOLDEN / "mingpt-adder" / "model.pt"), tokenizer=numbers(10))
 
 
 def sums() -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -167,9 +167,9 @@ def test_ids_of_a_file_read_in_pieces_are_those_of_the_whole(
     tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [text])
     monkeypatch.setattr("export.data._PIECE", 97)
     assert "".join(read_pieces(path)) == text
-    count, _ = tokenize([path], tokenizer, tmp_path / "ids.bin")
-    ids = open_ids(tmp_path / "ids.bin").tolist()
     end = tokenizer.token_to_id("<|endoftext|>")
+    count, _ = tokenize([path], tokenizer, tmp_path / "ids.bin", end=end)
+    ids = open_ids(tmp_path / "ids.bin").tolist()
     assert ids == [*tokenizer.encode(text).ids, end]
     assert count == len(ids)
 
@@ -178,7 +178,7 @@ def test_held_out_ids_are_not_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(story(50))
     tokenizer = train_tokenizer(TokenizerConfig("char"), [story(50)])
-    count, held = tokenize([path], tokenizer, tmp_path / "ids.bin", held_out=0.1)
+    count, held = tokenize([path], tokenizer, tmp_path / "ids.bin", end=None, held_out=0.1)
     train_ids = open_ids(tmp_path / "ids.bin")
     assert len(train_ids) == count
     assert [*train_ids.tolist(), *held.tolist()] == tokenizer.encode(story(50)).ids
