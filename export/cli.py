@@ -71,6 +71,7 @@ def train(
     gptrt-export train --preset nano-char --data input.txt --out runs/nano
     gptrt-export train --from models/tales --data texts/ --quantize int4 --out runs/int4
     """
+    from .hub import local_checkpoint
     from .progress import ProgressBar
     from .runs import create_run, open_run
     from .start import plan_run, recipe_to_train
@@ -85,6 +86,7 @@ def train(
         if distill is not None:
             changes["distill"] = str(distill)
         recipe = recipe_to_train(mode, block_size, head_bits)
+        start = local_checkpoint(start) if start else None
         plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer, recipe)
         with ProgressBar("preparing") as bar:
             run = create_run(out, plan, bar.update)
@@ -187,12 +189,16 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a bundle that `gptrt` runs: int4 by default.
 
+    A checkpoint is a run, a Hugging Face folder or its name on the hub, or a ckpt.pt.
+
     gptrt-export convert runs/nano --out bundles/nano --quantize int8
     gptrt-export convert runs/nano --out bundles/nano --bits-per-weight 4.4
     """
     from . import pipeline
+    from .hub import local_checkpoint
     from .options import ConvertOptions
 
+    checkpoint = local_checkpoint(checkpoint)
     given = {name: value for name, value in options.items() if value is not None}
     given["notes"] = _pairs("--note", notes)
     manifest = pipeline.convert(checkpoint, out, ConvertOptions(**given), _say)
@@ -213,8 +219,9 @@ def verify(
     gptrt-export verify bundles/nano --against runs/nano --text input.txt
     """
     from . import pipeline
+    from .hub import local_checkpoint
 
-    manifest, fidelity = pipeline.verify(bundle, against, text, _say)
+    manifest, fidelity = pipeline.verify(bundle, local_checkpoint(against), text, _say)
     _report(pipeline.summary(bundle, manifest, fidelity), as_json)
     pipeline.check_fidelity(fidelity, manifest.quantization.mode, max_perplexity_ratio)
 

@@ -1,0 +1,52 @@
+"""Checkpoints by their name on the Hugging Face hub: `openai-community/gpt2`, with `@revision`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gptrt.errors import CheckpointError, DependencyError
+
+_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("*.safetensors", "*.safetensors.index.json"),
+)
+
+
+def local_checkpoint(path: Path) -> Path:
+    """`path` if it is there; else the folder in the hub's cache that bears its name, fetched if
+    need be.
+
+    Offline, what the cache has is taken. Raises CheckpointError if nothing is found under the
+    name, DependencyError if it could be on the hub and huggingface_hub is not installed.
+    """
+    found = _NAME.fullmatch(path.as_posix())
+    if path.exists() or not found:
+        return path
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise DependencyError(
+            f"a checkpoint at {path}, or huggingface_hub to look for it on the hub",
+            found="neither",
+            do="check the path, or pip install 'gptrt[hub]'",
+        ) from e
+    try:
+        folder = huggingface_hub.snapshot_download(
+            found["repository"], revision=found["revision"], allow_patterns=list(_FILES)
+        )
+    except Exception as e:  # a dozen classes, from validation to the network
+        reason = str(e).strip().splitlines()
+        raise CheckpointError(
+            f"a checkpoint at {path}, in the hub's cache or on the hub",
+            found=reason[0] if reason else type(e).__name__,
+            do="check the name and the network, or fetch it elsewhere and give its folder",
+        ) from e
+    if not list(Path(folder).glob("*.safetensors")):
+        raise CheckpointError(
+            f"safetensors of {path}",
+            found=f"none in {folder}",
+            do="choose a repository or a revision that has them",
+        )
+    return Path(folder)

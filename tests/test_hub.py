@@ -1,0 +1,68 @@
+"""Names on a hub, offline: from its cache, or an error that says what is missing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.cli import main as gptrt_export
+from export.hub import local_checkpoint
+from export.model import GPT
+from gptrt.errors import CheckpointError
+
+from .conftest import GPT2_SHAPE, assert_refused, run_cli, scrambled
+
+hub = pytest.importorskip("huggingface_hub", reason="an optional package")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, which is not to be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def store(cache: Path, folder: Path) -> None:
+    repository = cache / "models--somebody--tiny"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+def test_a_name_is_found_in_the_cache(
+    cache: Path, save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    store(cache, save_model(scrambled(GPT2_SHAPE)))
+    result = run_cli(
+        gptrt_export, "convert", "somebody/tiny", "--out", tmp_path / "bundle",
+        "--quantize", "none", "--verify-text", text_file,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_folder_comes_before_a_name() -> None:
+    Path("somebody/tiny").mkdir(parents=True)
+    assert local_checkpoint(Path("somebody/tiny")) == Path("somebody/tiny")
+    assert local_checkpoint(Path("no/such/name")) == Path("no/such/name")  # no hub has that
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_name_that_is_nowhere_is_refused() -> None:
+    result = run_cli(gptrt_export, "convert", "somebody/nothing", "--out", "bundle")
+    assert_refused(result, "somebody/nothing", "network")
+
+
+def test_a_repository_without_safetensors_is_refused(
+    cache: Path, save_model: Callable[[GPT], Path]
+) -> None:
+    folder = save_model(scrambled(GPT2_SHAPE))
+    (folder / "model.safetensors").unlink()
+    store(cache, folder)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        local_checkpoint(Path("somebody/tiny"))
