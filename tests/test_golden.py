@@ -190,3 +190,18 @@ def test_gpt2s_own_files_make_a_tokenizer_that_passes_every_known_case() -> None
     wanted = [[int(i) for i in line.split()] for line in lines]
     assert len(texts) == len(wanted) == 47
     assert [tokenizer.encode(text).ids for text in texts] == wanted
+
+
+def test_gpt2s_tokenizer_agrees_with_transformers_on_books_and_on_russian() -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference implementation")
+    folder = SHARED / "gpt2-tokenizer"
+    files = {"vocab": str(folder / "encoder.json"), "merges": str(folder / "vocab.bpe")}
+    theirs = transformers.GPT2Tokenizer(**files)
+    ours = from_gpt2_files(folder / "encoder.json", folder / "vocab.bpe")
+    books = sorted((SHARED / "books").glob("*.txt"))
+    for paths, size in ((books, 1_000_000), ([SHARED / "tatoeba" / "en-ru.tsv"], 500_000)):
+        text = "".join(path.read_text(encoding="utf-8") for path in paths[:8])[:size]
+        assert len(text) == size
+        ids = ours.encode(text).ids
+        assert ids == theirs(text, verbose=False)["input_ids"]
+        assert ours.decode(ids) == text

@@ -1,30 +1,45 @@
-"""A bundle of ours in the runtimes of others."""
+"""A bundle of ours in the runtimes of others: one folder, the same greedy ids."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from gptrt.generator import Generator
+from gptrt.generator import Generator, embedded_bundle
+
+PROMPT, COUNT = [5, 250, 17, 3], 100
 
 
-def test_onnxruntime_genai_opens_the_bundle_and_gives_the_same_greedy_ids(bundle: Path) -> None:
+@pytest.fixture(scope="module")
+def ours() -> list[int]:
+    with Generator(device="cpu") as generator:
+        generator.tokenizer = generator.tokenizer.endless()
+        return list(generator.tokens(PROMPT, max_new_tokens=COUNT))
+
+
+def test_onnxruntime_genai_gives_the_same_greedy_ids_and_text(ours: list[int]) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="the other runtime is not installed")
-    prompt, count = [5, 250, 17, 3], 40
-    ours = Generator(bundle, device="cpu")
-    ours.tokenizer = ours.tokenizer.endless()
-    wanted = list(ours.tokens(prompt, max_new_tokens=count))
-
-    model = genai.Model(str(bundle))
+    model = genai.Model(str(embedded_bundle()))
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    parameters.set_search_options(max_length=len(PROMPT) + COUNT, do_sample=False)
     theirs = genai.Generator(model, parameters)
-    theirs.append_tokens(prompt)
+    theirs.append_tokens(PROMPT)
     found: list[int] = []
     while not theirs.is_done():
         theirs.generate_next_token()
         found.append(int(theirs.get_next_tokens()[0]))
-    assert found == wanted[: len(found)]
+    assert found == ours[: len(found)]
     assert len(found) > 10
-    assert genai.Tokenizer(model).decode(found) == ours.tokenizer.decode(found)
+    with Generator(device="cpu") as generator:
+        assert genai.Tokenizer(model).decode(found) == generator.tokenizer.decode(found)
+
+
+def test_optimum_gives_the_same_greedy_ids(ours: list[int]) -> None:
+    optimum = pytest.importorskip(
+        "optimum.onnxruntime", reason="the other runtime is not installed"
+    )
+    import torch
+
+    model = optimum.ORTModelForCausalLM.from_pretrained(embedded_bundle(), use_io_binding=False)
+    options = {"max_new_tokens": COUNT, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(torch.tensor([PROMPT]), eos_token_id=None, **options)[0]
+    assert found.tolist() == [*PROMPT, *ours]
