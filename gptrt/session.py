@@ -132,7 +132,6 @@ class Session:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.enable_cpu_mem_arena = False  # it keeps what the longest prefill needed
         options.log_severity_level = 3  # errors
         try:
             session = ort.InferenceSession(str(path), options, providers=[provider])
