@@ -78,6 +78,7 @@ PEERS = (
                 scores=True,
             ),
             Kind("int8", 8, {"quantize": "int8"}, families=_ALL, curves=True, scores=True),
+            Kind("int2", 2, {"quantize": "int2"}),  # for models trained for it: speed alone
         ),
         shown=2,
     ),
