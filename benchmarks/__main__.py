@@ -121,10 +121,14 @@ def perplexity(
 @main.command()
 @click.argument("parts", type=_path, nargs=-1, required=True)
 @click.option("--out", required=True, type=_path, help="The folder for report and pictures.")
-def draw(parts: tuple[Path, ...], out: Path) -> None:
+@click.option("--readme", type=_path, help="A file to put the first table into, at its marks.")
+def draw(parts: tuple[Path, ...], out: Path, readme: Path | None) -> None:
     """One report and its pictures from the folders of earlier runs."""
     out.mkdir(parents=True, exist_ok=True)
-    _write(load([part / RESULTS_FILE for part in parts]), out)
+    results = load([part / RESULTS_FILE for part in parts])
+    _write(results, out)
+    if readme:
+        readme.write_text(report.into_readme(results, readme.read_text()))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from .peers import OURS
 from .results import Results
 
-_BITS_COLORS = {4: "tab:blue", 8: "tab:cyan"}  # of ours; the others are grey
+_BITS_COLORS = {2: "navy", 4: "tab:blue", 8: "tab:cyan"}  # of ours; the others are grey
 _OTHERS = ("tab:orange", "tab:red", "tab:green", "tab:brown", "tab:purple")
 
 

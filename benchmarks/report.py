@@ -18,6 +18,9 @@ _COLUMNS = (  # heading, measure, x, format
 )
 
 
+README_MARKS = ("<!-- speeds -->", "<!-- /speeds -->")
+
+
 def report(results: Results) -> str:
     """All of it."""
     parts = [_heading(results)]
@@ -66,6 +69,31 @@ def _table(results: Results, shape: str) -> str:
         *_ratios(results, shape),
     ]
     return "\n".join(parts).rstrip()
+
+
+def into_readme(results: Results, text: str) -> str:
+    """The README with the medians of the first shape between its two marks."""
+    shape = results.shapes("decode")[0]
+    columns = [c for c in _COLUMNS if c[0] not in ("prefill 32", "load s")]
+    rows = []
+    for entry in results.entries_of(shape, "decode"):
+        found = (results.values(shape, entry.who, m, x) for _, m, x, _ in columns)
+        cells = [f"{median(v):{c[3]}}" if v else "" for v, c in zip(found, columns, strict=True)]
+        rows.append([entry.who, *cells, f"{entry.bytes / 1e6:.1f}"])
+    rounds = 1 + max(s.round for s in results.samples)
+    versions = (f"{name} {number}" for v in results.versions.values() for name, number in v.items())
+    lines = [
+        f"{shape}, random weights, batch 1, {results.threads} threads of an {results.machine}; "
+        f"medians of {rounds} interleaved rounds; {results.date}; "
+        f"{', '.join(dict.fromkeys(versions))}.",
+        "",
+        *_markdown(["runtime", *(c[0] for c in columns), "disk MB"], rows),
+    ]
+    for name in results.shapes("decode"):
+        lines += ["", f"On {name}:", "", *(f"- {line.strip()}" for line in _ratios(results, name))]
+    before, _, rest = text.partition(README_MARKS[0])
+    _, _, after = rest.partition(README_MARKS[1])
+    return "\n".join([before + README_MARKS[0], "", *lines, "", README_MARKS[1] + after])
 
 
 def _cell(values: list[float], form: str) -> str:
