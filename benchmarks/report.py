@@ -90,7 +90,8 @@ def into_readme(results: Results, text: str) -> str:
         *_markdown(["runtime", *(c[0] for c in columns), "disk MB"], rows),
     ]
     for name in results.shapes("decode"):
-        lines += ["", f"On {name}:", "", *(f"- {line.strip()}" for line in _ratios(results, name))]
+        if ratios := [f"- {line.strip()}" for line in _ratios(results, name)]:
+            lines += ["", f"On {name}:", "", *ratios]
     before, _, rest = text.partition(README_MARKS[0])
     _, _, after = rest.partition(README_MARKS[1])
     return "\n".join([before + README_MARKS[0], "", *lines, "", README_MARKS[1] + after])
