@@ -110,7 +110,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(raw, dict):
         raise CheckpointError(f"an object in {CONFIG_FILE}", found=type(raw).__name__, do="fix it")
     family = family_named(str(raw.get("model_type")))
-    config = family.from_json(raw)
+    try:
+        config = family.from_json(raw)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as e:  # before it is decoded
+        raise CheckpointError(
+            f"numbers and lists where {folder / CONFIG_FILE} has them",
+            found=str(e),
+            do="correct it",
+        ) from e
     state = family.from_tensors(config, dict(_read_tensors(folder)))
     state = {name: tensor.float().contiguous() for name, tensor in state.items()}
     _check_shapes(config, state, folder)

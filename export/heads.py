@@ -31,14 +31,8 @@ def with_padded_heads(checkpoint: Checkpoint) -> Checkpoint:
             found=str(config.head_dim),
             do="convert the checkpoint that it was trained from",
         )
-    padded = replace(
-        config,
-        head_dim=size,
-        true_head_dim=config.head_dim,
-        rotary_dim=config.rotary_dim or config.head_dim,
-    )
-    if config.positions != "rotary":
-        padded = replace(padded, rotary_dim=0)
+    turned = config.rotary_dim or config.head_dim if config.positions == "rotary" else 0
+    padded = replace(config, head_dim=size, true_head_dim=config.head_dim, rotary_dim=turned)
     at = _places(config, size)
     state = {
         name: _pad(name, tensor, config, at, size) for name, tensor in checkpoint.state.items()

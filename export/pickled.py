@@ -94,7 +94,9 @@ def _mingpt(state: dict[str, Tensor], file: Path) -> ModelConfig:
     """minGPT writes a `config.json` beside its weights; makemore writes nothing of its heads."""
     path = file.parent / CONFIG_FILE
     json = read_json(path, error=CheckpointError) if path.is_file() else {}
-    model = json.get("model", {}) if isinstance(json, dict) else {}
+    model = json.get("model") if isinstance(json, dict) else None
+    if not isinstance(model, dict):
+        model = {}
     heads = model.get("n_head") or _MINGPT_HEADS.get(str(model.get("model_type")))
     return _shape(state, heads, file, activation="gelu_tanh", tied=False)
 

@@ -88,7 +88,7 @@ class Generator:
         device: Device = "auto",
         threads: int | None = None,
     ) -> None:
-        # Hashing, opening and reading the tokenizer take equally long, and none needs another.
+        # Hashing, opening and reading the tokenizer do not need each other.
         bundle = open_structure(embedded_bundle() if path is None else path)
         with ThreadPoolExecutor(2) as beside:
             hashing = beside.submit(check_weights, bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,23 @@ def test_the_ids_that_end_a_text_come_along(text_file: Path, tmp_path: Path) -> 
     with Generator(tmp_path / "bundle", device="cpu") as generator:
         assert generator.tokenizer.eos_token_ids == (7, 9)
     assert load_bundle(tmp_path / "bundle").special.eos == (7, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("qwen2", {"num_hidden_layers": "three"}),
+        ("smollm3", {"no_rope_layers": 1}),
+        ("llama-yarn", {"max_position_embeddings": "long", "rope_scaling": {"type": "yarn"}}),
+        ("llama", {"rope_scaling": [1, 2]}),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": "half"}}),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(
+    name: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    model_type, options = CONFIGS[name]
+    config = {"model_type": model_type} | options | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json|rope_parameters"):
+        load_checkpoint(tmp_path)
