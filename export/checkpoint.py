@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, TargetError
-from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, ModelConfig
+from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
 from gptrt.schema import read_json
 
 from .families import family_for, family_named

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from gptrt.architecture import ModelConfig
 from gptrt.format import (
     ATTENTION_MASK,
     CONFIG_FILE,
@@ -16,7 +17,6 @@ from gptrt.format import (
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
-    ModelConfig,
 )
 
 from .checkpoint import write_json

@@ -19,13 +19,13 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from gptrt.architecture import ModelConfig
 from gptrt.format import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
-    ModelConfig,
     past_name,
     present_name,
 )

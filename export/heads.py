@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError
-from gptrt.format import ModelConfig
 
 from .checkpoint import Checkpoint
 

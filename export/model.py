@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptrt.format import ModelConfig
+from gptrt.architecture import ModelConfig
 
 from .rotary import rotary_frequencies
 

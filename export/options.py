@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
-from gptrt.format import CacheLayout, ModelConfig
+from gptrt.format import CacheLayout
 
 from .checkpoint import Checkpoint
 from .quantize import Recipe, mode_of

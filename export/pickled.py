@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError
-from gptrt.format import CONFIG_FILE, ModelConfig
+from gptrt.format import CONFIG_FILE
 from gptrt.schema import decode, read_json
 
 PICKLED_FILES = ("ckpt.pt", "model.pt")

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, FidelityError, PromptError, TargetError
 from gptrt.format import (
     CARD_FILE,
@@ -16,7 +17,6 @@ from gptrt.format import (
     CacheLayout,
     Fidelity,
     Manifest,
-    ModelConfig,
     Quantization,
     describe_file,
     open_bundle,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError
-from gptrt.format import ModelConfig
 from gptrt.schema import decode, read_json
 
 from .runs import TrainConfig

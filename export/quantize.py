@@ -10,8 +10,9 @@ from typing import Literal, get_args
 
 import torch
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
-from gptrt.format import ModelConfig, Quantization, StoredMatrix
+from gptrt.format import Quantization, StoredMatrix
 
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors

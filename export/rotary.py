@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gptrt.format import ModelConfig, RopeScaling
+from gptrt.architecture import ModelConfig, RopeScaling
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:

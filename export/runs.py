@@ -25,8 +25,8 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, TargetError
-from gptrt.format import ModelConfig
 from gptrt.schema import bounded, decode, read_json
 
 from . import data

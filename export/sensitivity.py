@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
-from gptrt.format import ModelConfig, StoredMatrix
+from gptrt.format import StoredMatrix
 
 from .blocks import BlockFormat
 from .calibration import Ids, moments_of

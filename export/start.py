@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import DeviceError, OptionError
-from gptrt.format import ModelConfig
 from gptrt.schema import decode
 
 from .data import find_texts

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, DataError
-from gptrt.format import ModelConfig
 
 from .checkpoint import Checkpoint
 from .data import TRAIN_IDS, VALID_IDS, open_ids, read_pieces

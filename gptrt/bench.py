@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
-from gptrt.format import ModelConfig, open_bundle
+from gptrt.format import open_bundle
 from gptrt.generator import Generator, embedded_bundle
 from gptrt.session import Device, Session
 from gptrt.tokenizer import Tokenizer

@@ -16,10 +16,11 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gptrt.architecture import ModelConfig
 from gptrt.cache import KVCache
 from gptrt.config import GenerationConfig
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
-from gptrt.format import MANIFEST_FILE, Manifest, ModelConfig, check_weights, open_structure
+from gptrt.format import MANIFEST_FILE, Manifest, check_weights, open_structure
 from gptrt.sampling import Sampler
 from gptrt.session import Device, Ids, Logits, Session, import_onnxruntime
 from gptrt.tokenizer import StopStrings, Tokenizer

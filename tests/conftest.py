@@ -27,8 +27,8 @@ from export.progress import ProgressBar
 from export.runs import Run, RunPlan, TrainConfig, create_run
 from export.tokenization import TokenizerConfig, special_ids, train_tokenizer
 from export.train import train
+from gptrt.architecture import ModelConfig
 from gptrt.cli import main as gptrt
-from gptrt.format import ModelConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

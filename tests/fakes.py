@@ -9,8 +9,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
+from gptrt.architecture import ModelConfig
 from gptrt.cache import KVCache
-from gptrt.format import CacheLayout, Manifest, ModelConfig, Quantization
+from gptrt.format import CacheLayout, Manifest, Quantization
 from gptrt.tokenizer import Tokenizer
 
 EOS = 256

@@ -20,7 +20,8 @@ from export.options import ConvertOptions
 from export.pipeline import convert
 from export.reopen import load_bundle
 from export.tokenization import from_gpt2_files
-from gptrt.format import ModelConfig, open_bundle
+from gptrt.architecture import ModelConfig
+from gptrt.format import open_bundle
 from gptrt.generator import Generator, embedded_bundle
 from gptrt.session import Session
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError
-from gptrt.format import ModelConfig
 from gptrt.schema import decode
 
 from .family import Family, Json, State, with_tied_head, without_tied_head

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError
-from gptrt.format import ModelConfig
 from gptrt.schema import decode
 
 State = dict[str, Tensor]

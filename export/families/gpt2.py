@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from gptrt.format import ModelConfig
+from gptrt.architecture import ModelConfig
 
 from .family import (
     ACTIVATION_NAMES,

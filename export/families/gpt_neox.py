@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptrt.format import ModelConfig
+from gptrt.architecture import ModelConfig
 
 from .family import (
     ACTIVATION_NAMES,

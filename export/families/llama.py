@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from gptrt.architecture import ModelConfig, RopeScaling
 from gptrt.errors import CheckpointError
-from gptrt.format import ModelConfig, RopeScaling
 from gptrt.schema import decode
 
 from .family import Family, Json, State, checked, divide, refuse, with_tied_head, without_tied_head

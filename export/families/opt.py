@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptrt.format import ModelConfig
+from gptrt.architecture import ModelConfig
 
 from .family import (
     ACTIVATION_NAMES,
