@@ -29,6 +29,8 @@ from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
 from gptrt.schema import read_json
 
 from .families import family_for, family_named
+from .gguf_file import GgufFile, gguf_file
+from .gguf_vocabulary import read_vocabulary
 from .model import GPT
 from .pickled import pickled_file, read_pickled
 from .tokenization import SpecialIds, load_tokenizer, read_special_ids, save_tokenizer, special_ids
@@ -94,13 +96,18 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a run folder of ours, a Hugging Face folder or a pickled file. Raises CheckpointError.
+    """Read a run folder of ours, a Hugging Face folder, a GGUF or a pickled file.
+
+    Raises CheckpointError.
 
     Weights are widened to fp32, the precision in which everything here is computed.
     """
     folder = resolve_checkpoint(path)
-    if not _weights_are_safe(folder) and (file := pickled_file(folder)):
-        return _load_pickled(file)
+    if not _weights_are_safe(folder):
+        if file := gguf_file(folder):
+            return _load_gguf(file)
+        if file := pickled_file(folder):
+            return _load_pickled(file)
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"a checkpoint in {path} (a run folder, or {CONFIG_FILE} with *.safetensors)",
@@ -136,6 +143,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _weights_are_safe(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def _load_gguf(file: Path) -> Checkpoint:
+    found = GgufFile.open(file)
+    config, tensors = found.model()
+    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _check_shapes(config, state, file)
+    tokenizer, special = read_vocabulary(found.values, str(file))
+    if (own := file.parent / TOKENIZER_FILE).exists():
+        tokenizer = load_tokenizer(own)
+    return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
 
 
 def _load_pickled(file: Path) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gptrt.errors import CheckpointError, DependencyError
+from gptrt.errors import CheckpointError, DependencyError, first_line
 
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _FILES = (
@@ -37,10 +37,9 @@ def local_checkpoint(path: Path) -> Path:
             found["repository"], revision=found["revision"], allow_patterns=list(_FILES)
         )
     except Exception as e:  # a dozen classes, from validation to the network
-        reason = str(e).strip().splitlines()
         raise CheckpointError(
             f"a checkpoint at {path}, in the hub's cache or on the hub",
-            found=reason[0] if reason else type(e).__name__,
+            found=first_line(e),
             do="check the name and the network, or fetch it elsewhere and give its folder",
         ) from e
     if not list(Path(folder).glob("*.safetensors")):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptrt.architecture import ModelConfig
-from gptrt.errors import CheckpointError
+from gptrt.errors import CheckpointError, first_line
 from gptrt.format import CONFIG_FILE
 from gptrt.schema import decode, read_json
 
@@ -68,10 +68,9 @@ def _load(file: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # of a file that is no checkpoint it raises all kinds
-        reason = str(e).strip().splitlines()
         raise CheckpointError(
             f"tensors and plain values in {file}",
-            found=reason[0] if reason else type(e).__name__,
+            found=first_line(e),
             do="save its state_dict alone with torch.save",
         ) from e
     if not isinstance(content, dict):

@@ -23,6 +23,12 @@ class GptrtError(Exception):
         return (_rebuild, (type(self), self.wanted, self.found, self.do))
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line; its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _rebuild(kind: type[GptrtError], wanted: str, found: str, do: str) -> GptrtError:
     return kind(wanted, found=found, do=do)
 

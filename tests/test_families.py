@@ -103,6 +103,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "llama-wide": (
+        "llama",
+        _LLAMA | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64},
+    ),
     "mistral": ("mistral", _LLAMA | {"sliding_window": 12}),
     "mistral-uneven": ("mistral", _UNEVEN | {"sliding_window": None}),
     "qwen2": ("qwen2", _LLAMA),
@@ -138,7 +142,7 @@ def reference(name: str) -> Any:
 
 
 # Frequencies are one table to the graph, wherever they come from: one scaling stands for all.
-_SAME_GRAPH = {"llama-linear", "llama-dynamic", "llama-llama3", "llama-longrope"}
+_SAME_GRAPH = {"llama-linear", "llama-dynamic", "llama-llama3", "llama-longrope", "llama-wide"}
 
 
 @pytest.fixture(params=CONFIGS)
