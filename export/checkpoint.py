@@ -39,7 +39,7 @@ from .trained_rounding import TrainedRounding
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LINEAGE_FILE = "lineage.json"
-SCALES_FILE, FORMATS_FILE = "quantization.safetensors", "quantization.json"
+ROUNDING_FILE, FORMATS_FILE = "quantization.safetensors", "quantization.json"
 POINTER_FILE = "checkpoints.json"  # in a run folder: {"best": folder name, "last": folder name}
 
 
@@ -48,7 +48,7 @@ class Checkpoint:
     """A model in memory: what `load_checkpoint` gives and `save_checkpoint` writes.
 
     `state` bears the names of `GPT`; `lineage` says where the weights come from. With `rounding`
-    the model was trained to be rounded: `state` is then what the rounded matrices are made from.
+    the model learnt to be rounded: its matrices in `state` are rounded, and can learn on from it.
     """
 
     config: ModelConfig
@@ -64,17 +64,9 @@ class Checkpoint:
         model.load_state_dict(self.state)
         return model
 
-    def rounded(self) -> Checkpoint:
-        """What the checkpoint computes: its matrices rounded, if it was trained for that."""
-        if self.rounding is None:
-            return self
-        state = self.state | {
-            name: torch.from_numpy(matrix.dequantize())
-            for name, matrix in self.rounding.matrices(self.state).items()
-        }
-        if self.config.tied:
-            state["lm_head.weight"] = state["wte.weight"]
-        return replace(self, state=state, rounding=None)
+    def alone(self) -> Checkpoint:
+        """What the checkpoint computes, and nothing of how it came to be rounded."""
+        return replace(self, rounding=None)
 
 
 def run_pointer(run: Path) -> dict[str, str]:
@@ -182,7 +174,7 @@ def _read_rounding(folder: Path, state: dict[str, Tensor]) -> TrainedRounding | 
     if not (folder / FORMATS_FILE).is_file():
         return None
     formats = read_json(folder / FORMATS_FILE, error=CheckpointError)
-    tensors = dict(_read_file(folder / SCALES_FILE))
+    tensors = dict(_read_file(folder / ROUNDING_FILE))
     return TrainedRounding.read(formats, tensors, state, str(folder / FORMATS_FILE))
 
 
@@ -249,7 +241,7 @@ def save_checkpoint(
             length = checkpoint.config.n_positions
             save_tokenizer(checkpoint.tokenizer, temporary, length, checkpoint.special)
         if checkpoint.rounding is not None:
-            save_tensors(checkpoint.rounding.tensors(), temporary / SCALES_FILE)
+            save_tensors(checkpoint.rounding.tensors(), temporary / ROUNDING_FILE)
             write_json(temporary / FORMATS_FILE, checkpoint.rounding.formats_json())
         for name, content in (extra or {}).items():
             write = save_tensors if name.endswith(".safetensors") else _write_json_to

@@ -154,7 +154,7 @@ def presets() -> None:
 )
 @click.option(
     "--method",
-    type=click.Choice(["nearest", "k-quant", "hqq", "gptq"]),
+    type=click.Choice(["nearest", "k-quant", "hqq", "gptq", "learned"]),
     help="How to round: gptq, with calibration text, for 4 bits and less; nearest for 8.",
 )
 @click.option("--block-size", type=int, help="Weights that share a scale.")

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from gptrt.schema import bounded
 
-from .trained_rounding import SCALE_PREFIX
+from .trained_rounding import POSITION_PREFIX, SCALE_PREFIX
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Learning rates are peaks, reached after warm-up; `matrix_lr` is Muon's, `scale_lr` that of
-    the logarithms of rounding scales, where a model is trained for its rounding."""
+    """Learning rates are peaks, reached after warm-up; `matrix_lr` is Muon's, where a
+    model is trained for its rounding, `position_lr` is that of its weights in steps of their grid,
+    and `scale_lr` that of the logarithms of the scales."""
 
     kind: Literal["muon", "adamw"] = "muon"
     lr: float = bounded(0.0, 10.0, default=3e-3)
     matrix_lr: float = bounded(0.0, 10.0, default=0.02)
+    position_lr: float = bounded(0.0, 10.0, default=0.01)
     scale_lr: float = bounded(0.0, 10.0, default=1e-3)
     weight_decay: float = bounded(0.0, 10.0, default=0.1)
     beta1: float = bounded(0.0, 1.0, default=0.9)
@@ -82,13 +84,15 @@ class Optimizer:
 
 def _adamw(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Weight decay on matrices only: norms, biases and scales have no reason to shrink."""
-    scales = [p for n, p in named.items() if n.startswith(SCALE_PREFIX)]
-    rest = [p for n, p in named.items() if not n.startswith(SCALE_PREFIX)]
+    rates = {POSITION_PREFIX: config.position_lr, SCALE_PREFIX: config.scale_lr}
+    rest = [p for n, p in named.items() if not n.startswith(tuple(rates))]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        {"params": scales, "weight_decay": 0.0, "lr": config.scale_lr},
     ]
+    for prefix, lr in rates.items():
+        own = [p for n, p in named.items() if n.startswith(prefix)]
+        groups.append({"params": own, "weight_decay": 0.0, "lr": lr})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,

@@ -58,7 +58,7 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silen
     texts = choose_texts(source, checkpoint, options.text_files, calibrate=calibrate)
     reference = _reference(source, checkpoint, options)
     checkpoint = with_padded_heads(checkpoint)
-    model = checkpoint.rounded().model().eval()
+    model = checkpoint.alone().model().eval()
     with written_whole(out) as folder:
         stored = store(checkpoint, model, texts, options, step)
         step("tracing the graph")
@@ -90,7 +90,7 @@ def _reference(source: Path, checkpoint: Checkpoint, options: ConvertOptions) ->
         against = source / TEACHER_FOLDER
     other = checkpoint if against is None else load_checkpoint(against)
     _check_same_shape(other, checkpoint.config)
-    return other.rounded().model().eval()
+    return other.alone().model().eval()
 
 
 def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -112,7 +112,7 @@ def verify(
     texts = choose_texts(against, checkpoint, TextFiles(text), calibrate=False)
     step("verifying against PyTorch")
     session = Session(bundle, device="cpu")
-    model = checkpoint.rounded().model().eval()
+    model = checkpoint.alone().model().eval()
     ids = texts.verify
     return bundle.manifest, measure(session, model, ids, text=texts.name, tokens=DEFAULT_TOKENS)
 

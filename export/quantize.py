@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,14 +16,23 @@ from gptrt.format import Quantization, StoredMatrix
 
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
+from .learned_rounding import learn_rounding
 from .model import GPT
 from .parts import parameter_of, parts_of, rows_of, shape_of, split
 from .progress import Progress, silent
 from .rounding import DATA_FREE, Method, nearest
 
+Matrices = dict[str, BlockMatrix]
+Table = Sequence[StoredMatrix]
+Formats = dict[str, BlockFormat]
+
 Mode = Literal["int8", "int4", "int2"]
 BITS: dict[Mode, int] = {"int8": 8, "int4": 4, "int2": 2}
 METHODS: tuple[Method, ...] = get_args(Method)
+BY_TEXT: dict[Method, Callable[[GPT, Formats, Ids, Progress], Matrices]] = {
+    "gptq": correct_errors,
+    "learned": learn_rounding,
+}
 HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bits of the others
 # Vocabularies are learnt from the most frequent merge to the rarest, so the first tokens are most
 # of any text. Their rows at 8 bits undo two thirds of what a head of 4 bits costs, for an eighth of
@@ -41,10 +50,6 @@ _POSITION_BITS = 8  # a table of a few hundred rows: its size is no matter, its 
 _OWN_ZEROS = {"k-quant", "hqq"}  # methods that are nothing without a zero for each block
 
 _VOCABULARY = {"wte.weight", "lm_head.weight"}
-
-Matrices = dict[str, BlockMatrix]
-Table = Sequence[StoredMatrix]
-Formats = dict[str, BlockFormat]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ class Recipe:
                 found=f"{self.method}, whose blocks have zeros of their own",
                 do="leave out --symmetric or choose another --method",
             )
+        if self.method == "learned" and self.symmetric is False:
+            raise OptionError(
+                "learned for symmetric blocks",
+                found="--asymmetric",
+                do="leave it out or choose another --method",
+            )
         if self.method == "hqq" and self.bits == 8:
             raise OptionError("hqq for 4 or 2 bits", found="int8", do="use --method nearest")
 
@@ -89,7 +100,7 @@ class Recipe:
 
     @property
     def needs_text(self) -> bool:
-        return self.chosen_method == "gptq"
+        return self.chosen_method in BY_TEXT
 
     def formats(self, config: ModelConfig) -> Formats:
         """The format of every matrix, by the name of its parameter in `GPT`, or of its `parts`."""
@@ -157,11 +168,11 @@ def quantize_model(
     windows: Ids | None = None,
     progress: Progress = silent,
 ) -> Matrices:
-    """Every matrix of `model` in its format. gptq needs `windows` of calibration text
-    [count, length]."""
-    if method == "gptq":
+    """Every matrix of `model` in its format. The methods of `BY_TEXT` need `windows` of calibration
+    text [count, length]."""
+    if method in BY_TEXT:
         assert windows is not None, "the pipeline has seen to it"
-        return correct_errors(model, formats, windows, progress)
+        return BY_TEXT[method](model, formats, windows, progress)
     parameters = dict(model.named_parameters())
     matrices = {}
     for number, (name, fmt) in enumerate(formats.items()):

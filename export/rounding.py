@@ -19,7 +19,7 @@ from gptrt.session import import_onnxruntime
 
 from .blocks import BlockFormat, BlockMatrix, Float, Grid, least_squares_grid, to_blocks
 
-Method = Literal["nearest", "k-quant", "hqq", "gptq"]
+Method = Literal["nearest", "k-quant", "hqq", "gptq", "learned"]
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal: keeps its inverse tame
 _LAZY_COLUMNS = 64  # columns corrected at a time before the rest of the matrix is

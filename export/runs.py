@@ -45,7 +45,7 @@ from .optimizer import OptimizerConfig
 from .progress import Progress, silent
 from .quantize import Recipe, quantize_model
 from .tokenization import SpecialIds, TokenizerConfig, special_ids, train_tokenizer
-from .trained_rounding import TrainedRounding, pulled_into_cells
+from .trained_rounding import TrainedRounding
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
 TEACHER_FOLDER = "teacher"
@@ -242,22 +242,23 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     run = Run(folder, RunConfig(model, plan.train, plan.device, lineage, base is not None))
     write_json(folder / RUN_FILE, asdict(run.config))
     if plan.train.distill and base is not None:
-        save_checkpoint(base.rounded(), folder / TEACHER_FOLDER)
+        save_checkpoint(base.alone(), folder / TEACHER_FOLDER)
     rounding = base.rounding if base else None
     if plan.recipe is not None:
-        weights, rounding = _start_rounding(run, weights, plan.recipe, progress)
+        rounding = _start_rounding(run, weights, plan.recipe, progress)
+        weights = rounding.in_state(weights)
     run.save(weights, {}, tokenizer, special, State(), best=True, rounding=rounding)
 
 
 def _start_rounding(
     run: Run, weights: dict[str, torch.Tensor], recipe: Recipe, progress: Progress
-) -> tuple[dict[str, torch.Tensor], TrainedRounding]:
+) -> TrainedRounding:
     """Training for rounding begins where error correction ends."""
     config, train = run.config.model, run.config.train
     windows = data.spread_windows(data.open_ids(run.train_ids), train.seq_len, _START_TOKENS)
     model = Checkpoint(config, weights, None, {}).model()
     matrices = quantize_model(model, recipe.formats(config), "gptq", windows, progress)
-    return pulled_into_cells(weights, matrices), TrainedRounding.start(matrices)
+    return TrainedRounding.start(matrices, weights)
 
 
 def _tokenizer(plan: RunPlan, progress: Progress) -> Tokenizer:

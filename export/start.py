@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from .runs import RunPlan, TrainConfig
 from .tokenization import TokenizerConfig, open_tokenizer
 
 _FINE_TUNING_CONTEXT = 256
+_TRAINED_BLOCK = 128
 
 
 def plan_run(
@@ -54,6 +55,7 @@ def plan_run(
     model = start.config if start else chosen.model if chosen else None
     assert model is not None
     train = chosen.train if chosen and not start else fine_tuning(model)
+    train = train if recipe is None else for_rounding(train)
     train = with_settings(train, settings)
     if train.distill and start is None:
         raise OptionError(
@@ -73,7 +75,8 @@ def plan_run(
 def recipe_to_train(
     mode: Mode | None, block_size: int | None, head_bits: int | None
 ) -> Recipe | None:
-    """Training can afford what rounding alone cannot: the head in as few bits as the rest."""
+    """Training can afford what rounding alone cannot: the head in as few bits as the rest, and
+    blocks of 128 in narrow models too."""
     if mode is None:
         if block_size or head_bits:
             raise OptionError(
@@ -82,7 +85,8 @@ def recipe_to_train(
                 do="add it or leave them out",
             )
         return None
-    return Recipe(mode, block_size=block_size, head_bits=head_bits or BITS[mode])
+    size = block_size or _TRAINED_BLOCK
+    return Recipe(mode, block_size=size, head_bits=head_bits or BITS[mode])
 
 
 def _tokenizer(path: Path | None, preset: Preset | None) -> TokenizerConfig | Tokenizer:
@@ -103,6 +107,13 @@ def fine_tuning(model: ModelConfig) -> TrainConfig:
         patience=5,
         optimizer=OptimizerConfig(lr=5e-4, matrix_lr=3e-3),
     )
+
+
+def for_rounding(train: TrainConfig) -> TrainConfig:
+    """A trained model knows what it is to predict; only what rounding changed is to be undone. So
+    nearly all of the loss is the divergence from what it was, and nothing shrinks."""
+    optimizer = replace(train.optimizer, lr=3e-4, weight_decay=0.0)
+    return replace(train, distill=100.0, patience=None, eval_every=200, optimizer=optimizer)
 
 
 def with_settings(train: TrainConfig, settings: dict[str, str]) -> TrainConfig:

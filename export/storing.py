@@ -65,7 +65,7 @@ def store(
         return Stored({}, _UNQUANTIZED[options.mode])
     if checkpoint.rounding is not None:
         formats = checkpoint.rounding.formats
-        matrices = checkpoint.rounding.matrices(checkpoint.state)
+        matrices = checkpoint.rounding.matrices()
         return Stored(matrices, describe(recipe.mode, "trained rounding", config, formats))
     windows = None
     if texts.calibration is not None:

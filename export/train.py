@@ -10,28 +10,24 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptrt.errors import TrainingError
 
 from .checkpoint import load_checkpoint
 from .data import Windows, in_order, open_ids
-from .loss import Lesson, linear_cross_entropy
+from .loss import Lesson, autocast, linear_cross_entropy, product_dtype
 from .model import GPT
 from .optimizer import Optimizer
+from .parts import parameter_of
 from .plots import plot_losses
 from .progress import ProgressBar
 from .runs import PLOT_FILE, TEACHER_FOLDER, Run, State, TrainConfig, tokens_per_step, truncate_log
-from .trained_rounding import hidden_with
-
-# bfloat16 halves the time of a wide product and costs two casts, which eat the gain below this.
-_BF16_MIN_WIDTH = 192
+from .trained_rounding import TrainedRounding, hidden_and_head
 
 
 @dataclass(frozen=True)
@@ -115,10 +111,8 @@ class Trainer:
         self.model: GPT = checkpoint.model(self.config.dropout).to(self.device)
         self.rounding = checkpoint.rounding.to(self.device) if checkpoint.rounding else None
         self.teacher = _teacher(run).to(self.device) if self.config.distill else None
-        learning = dict(self.model.named_parameters())  # a tied matrix appears once
-        if self.rounding is not None:
-            learning |= self.rounding.parameters()
-        self.optimizer = Optimizer(learning, self.config.optimizer)
+        self.learning = learning_parameters(self.model, self.rounding)
+        self.optimizer = Optimizer(self.learning, self.config.optimizer)
         self.optimizer.load({name: t.to(self.device) for name, t in moments.items()})
         self.dtype = compute_dtype(self.config, run.config.model.n_embd, self.device)
         self.windows = Windows(open_ids(run.train_ids), self.config.seq_len, self.config.seed)
@@ -160,7 +154,7 @@ class Trainer:
                 do=f"go on from the checkpoint in {self.run.path} with a lower learning rate",
             )
         if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            torch.nn.utils.clip_grad_norm_(self.learning.values(), config.grad_clip)
         self.optimizer.step(learning_rate_scale(step, self.share(), config))
         seconds = time.perf_counter() - began
         self.state = replace(self.state, step=step + 1, elapsed_s=self.state.elapsed_s + seconds)
@@ -202,6 +196,8 @@ class Trainer:
         """A checkpoint of everything, named the best of the run if it is."""
         assert self.tokenizer is not None
         weights, moments = self.model.state_dict(), self.optimizer.state()
+        if self.rounding is not None:
+            weights = self.rounding.in_state(weights)
         self.run.save(
             weights,
             moments,
@@ -216,8 +212,8 @@ class Trainer:
     def _loss(self, ids: Tensor, distill: float = 0.0) -> Tensor:
         ids = ids.to(self.device, non_blocking=True)  # [batch, seq + 1]
         inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
-        with self._autocast():
-            hidden, head = self._hidden_and_head(inputs)
+        with autocast(self.dtype, self.device):
+            hidden, head = hidden_and_head(self.model, self.rounding, inputs)
             lesson = self._lesson(inputs, distill) if distill else None
         return linear_cross_entropy(hidden.flatten(0, 1), head, targets, self.dtype, lesson)
 
@@ -226,17 +222,14 @@ class Trainer:
         assert self.teacher is not None, "a run with distillation has one"
         return Lesson(self.teacher.hidden(inputs).flatten(0, 1), self.teacher.lm_head.weight, share)
 
-    def _hidden_and_head(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        if self.rounding is None:
-            return self.model.hidden(ids), self.model.lm_head.weight
-        weights = self.rounding.weights(self.model)
-        head = weights["wte.weight" if self.model.config.tied else "lm_head.weight"]
-        return hidden_with(self.model, weights, ids), head
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+def learning_parameters(model: GPT, rounding: TrainedRounding | None) -> dict[str, nn.Parameter]:
+    """By name, a tied matrix once; what is rounded learns as positions and scales instead."""
+    named = dict(model.named_parameters())
+    if rounding is None:
+        return named
+    rounded = set(map(parameter_of, rounding.formats))
+    return {n: p for n, p in named.items() if n not in rounded} | rounding.parameters()
 
 
 def _teacher(run: Run) -> GPT:
@@ -252,17 +245,7 @@ def learning_rate_scale(step: int, share: float, config: TrainConfig) -> float:
 
 
 def compute_dtype(config: TrainConfig, width: int, device: torch.device) -> torch.dtype:
-    """The dtype of the products: as configured, or bfloat16 where the hardware gains by it."""
+    """The dtype of the products: as configured, or what the hardware gains by."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_native_bf16()
-    return torch.bfloat16 if fast and width >= _BF16_MIN_WIDTH else torch.float32
-
-
-def _has_native_bf16() -> bool:
-    """mkldnn emulates bf16 where the processor lacks the instructions, at a loss."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return product_dtype(width, device)

@@ -1,16 +1,17 @@
-"""Quantization-aware training: the forward pass computes with rounded matrices, and both the
-matrices and the scales of their blocks learn from it.
+"""Rounding that is learnt: the forward pass computes with rounded matrices, and both where each
+weight lies on its grid and the scales of the grids learn from it.
 
 What is rounded is what a bundle stores (`blocks`), to the bit: a scale a block, the integers of
-MatMulNBits. Rounding has no gradient, so the weight takes that of its rounded value (the
-straight-through estimator, https://arxiv.org/abs/1308.3432), and a scale takes that of the rounding
-error as in LSQ (https://arxiv.org/abs/1902.08153). Scales are learnt by their logarithm: a step
-then changes each by a share of itself.
+MatMulNBits. A weight is kept as its position on the grid, in steps of it: 2.3 is stored as 2. So
+one learning rate suits every block of every model: it says how many steps it takes to turn an
+integer. Rounding has no gradient, so the position takes that of its integer (the straight-through
+estimator, https://arxiv.org/abs/1308.3432). Scales are learnt by their logarithm: a step then
+changes each by a share of itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -22,74 +23,104 @@ from torch import Tensor, nn
 from gptrt.errors import CheckpointError, OptionError
 from gptrt.schema import decode
 
-from .blocks import BlockFormat, BlockMatrix, Grid
+from .blocks import BlockFormat, BlockMatrix, Float, Grid, to_blocks, unpack
 from .model import GPT
+from .parts import parameter_of, parts_of, rows_of, shape_of
 
-SCALE_PREFIX = "log_scales/"  # of what learns beside the parameters of the model
+POSITION_PREFIX, SCALE_PREFIX = "positions/", "log_scales/"  # of what learns
 _SIGN_PREFIX = "signs/"
 _SMALLEST = 1e-9  # a block of zeros has a scale too
 _CELL = 0.2  # of a step to either side of an integer: nearer to the edge, noise alone would turn it
 
 
 class TrainedRounding:
-    """The scales of a model's matrices, by parameter name, while they learn.
+    """The matrices of a model while their rounding learns, by parameter name or part of one.
 
-    `log_scales` and `signs` are [rows, blocks]; formats are symmetric.
+    `positions` are [rows, columns] in steps of the grid, zero in the middle; `log_scales` and
+    `signs` [rows, blocks]. Formats are symmetric.
     """
 
     def __init__(
         self,
         formats: Mapping[str, BlockFormat],
+        positions: Mapping[str, Tensor],
         log_scales: Mapping[str, Tensor],
         signs: Mapping[str, Tensor],
     ) -> None:
         self.formats, self.signs = dict(formats), dict(signs)
+        self.positions = {name: nn.Parameter(tensor) for name, tensor in positions.items()}
         self.log_scales = {name: nn.Parameter(tensor) for name, tensor in log_scales.items()}
 
     @classmethod
-    def start(cls, matrices: Mapping[str, BlockMatrix]) -> TrainedRounding:
-        """From matrices that are rounded already."""
+    def start(
+        cls, matrices: Mapping[str, BlockMatrix], state: Mapping[str, Tensor]
+    ) -> TrainedRounding:
+        """From matrices that are rounded already, each weight on that side of its integer where
+        `state` has it."""
         scales = {name: torch.from_numpy(m.scales) for name, m in matrices.items()}
+        positions = {}
+        for name, matrix in matrices.items():
+            middle = torch.from_numpy(_integers(matrix))
+            weights = state[parameter_of(name)].detach()[rows_of(name)]
+            steps = scales[name].repeat_interleave(matrix.format.block_size, dim=1)
+            exact = weights / steps[:, : matrix.columns]
+            exact = torch.where(exact.isfinite(), exact, middle)
+            positions[name] = exact.clamp(middle - _CELL, middle + _CELL)
         return cls(
             {name: m.format for name, m in matrices.items()},
+            positions,
             {name: s.abs().clamp(min=_SMALLEST).log() for name, s in scales.items()},
             {name: torch.where(s < 0, -1.0, 1.0) for name, s in scales.items()},
         )
 
-    def weights(self, model: GPT) -> dict[str, Tensor]:
-        """The rounded matrices of `model` by parameter name; gradients reach it and the scales."""
-        return {n: self._rounded(n, model.get_parameter(n)) for n in self.formats}
+    def weights(self) -> dict[str, Tensor]:
+        """The rounded matrices by parameter name; gradients reach positions and scales."""
+        whole: dict[str, Tensor] = {}
+        for parameter in dict.fromkeys(map(parameter_of, self.formats)):
+            parts = [self._rounded(name) for name in parts_of(parameter, self.formats)]
+            whole[parameter] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole
 
-    def _rounded(self, name: str, weight: Tensor) -> Tensor:
-        fmt = self.formats[name]
-        columns = weight.shape[1]
-        blocks = F.pad(weight, (0, -columns % fmt.block_size)).view(len(weight), -1, fmt.block_size)
-        scales = (self.log_scales[name].exp() * self.signs[name]).unsqueeze(-1)
-        snapped: Tensor = _Snap.apply(blocks, scales, fmt.zero)  # type: ignore[no-untyped-call]
-        return snapped.flatten(1)[:, :columns]
+    def _rounded(self, name: str) -> Tensor:
+        fmt, positions = self.formats[name], self.positions[name]
+        integers: Tensor = _Snap.apply(positions, fmt.zero)  # type: ignore[no-untyped-call]
+        scales = self.log_scales[name].exp() * self.signs[name]
+        rows, columns = positions.shape
+        padded = F.pad(integers, (0, -columns % fmt.block_size))
+        blocks = padded.view(rows, -1, fmt.block_size)
+        return (blocks * scales.unsqueeze(-1)).flatten(1)[:, :columns]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What learns, by names of its own."""
-        return {SCALE_PREFIX + name: tensor for name, tensor in self.log_scales.items()}
+        named = {POSITION_PREFIX + name: tensor for name, tensor in self.positions.items()}
+        return named | {SCALE_PREFIX + name: tensor for name, tensor in self.log_scales.items()}
 
-    def grid(self, name: str) -> Grid:
-        """Where the values of a matrix may lie now."""
-        fmt = self.formats[name]
-        scales = (self.log_scales[name].detach().exp() * self.signs[name]).cpu().numpy()
-        return Grid(fmt, scales, np.full(scales.shape, fmt.zero, np.float32))
-
-    def matrices(self, state: Mapping[str, Tensor]) -> dict[str, BlockMatrix]:
+    @torch.no_grad()
+    def matrices(self) -> dict[str, BlockMatrix]:
         """The matrices that a bundle stores: those that the forward pass computes with."""
         found = {}
-        for name in self.formats:
-            grid, weight = self.grid(name), state[name].detach().cpu().numpy()
-            found[name] = grid.matrix(grid.integers(weight), weight.shape[1])
+        for name, fmt in self.formats.items():
+            scales = (self.log_scales[name].exp() * self.signs[name]).cpu().numpy()
+            grid = Grid(fmt, scales, np.full(scales.shape, fmt.zero, np.float32))
+            integers = self.positions[name].round().clamp(-fmt.zero, fmt.zero - 1).cpu().numpy()
+            q = to_blocks(integers, fmt.block_size) + fmt.zero
+            found[name] = grid.matrix(q.astype(np.uint8), integers.shape[1])
         return found
 
+    def in_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` with the rounded matrices in place of its own, also where a tied one has a second
+        name."""
+        with torch.no_grad():
+            rounded = self.weights()
+        whole = dict(state) | rounded
+        if "lm_head.weight" in state and "lm_head.weight" not in rounded:
+            whole["lm_head.weight"] = whole["wte.weight"]
+        return whole
+
     def to(self, device: torch.device) -> TrainedRounding:
-        log_scales = {n: t.detach().to(device) for n, t in self.log_scales.items()}
-        signs = {n: t.to(device) for n, t in self.signs.items()}
-        return TrainedRounding(self.formats, log_scales, signs)
+        parts = (self.positions, self.log_scales, self.signs)
+        moved = ({n: t.detach().to(device) for n, t in part.items()} for part in parts)
+        return TrainedRounding(self.formats, *moved)
 
     # --- on disk: tensors, and the formats as JSON -----------------------------------------------
 
@@ -117,53 +148,72 @@ class TrainedRounding:
         except OptionError as e:  # bits or blocks that there are not
             raise CheckpointError(f"a valid {source}", found=str(e), do=_RESTORE) from e
         parts = [{n: tensors.get(prefix + n) for n in known} for prefix in _PREFIXES]
-        faults = [f"{name} is unknown" for name in known.keys() - weights.keys()]
+        matrices = {n: w for n in known if (w := weights.get(parameter_of(n))) is not None}
+        faults = [f"{name} is unknown" for name in known.keys() - matrices.keys()]
         faults += [f"{name} is unknown" for name in tensors if name.partition("/")[2] not in known]
-        for name, fmt in known.items():
-            if name in weights and any(not _fits(p[name], weights[name], fmt) for p in parts):
-                faults.append(f"the scales of {name} do not fit")
+        for name, weight in matrices.items():
+            if not _fit([part[name] for part in parts], name, weight, known[name]):
+                faults.append(f"the positions or scales of {name} do not fit")
         if faults:
             raise CheckpointError(
-                f"scales for the matrices in {source}", found="; ".join(sorted(faults)), do=_RESTORE
+                f"positions and scales for the matrices in {source}",
+                found="; ".join(sorted(faults)),
+                do=_RESTORE,
             )
-        log_scales, signs = ({n: t for n, t in p.items() if t is not None} for p in parts)
-        return cls(known, log_scales, signs)
+        found = ({n: t for n, t in part.items() if t is not None} for part in parts)
+        return cls(known, *found)
 
 
-_PREFIXES = (SCALE_PREFIX, _SIGN_PREFIX)
+_PREFIXES = (POSITION_PREFIX, SCALE_PREFIX, _SIGN_PREFIX)
 _RESTORE = "restore the checkpoint"
 
 
-def _fits(scales: Tensor | None, weight: Tensor, fmt: BlockFormat) -> bool:
-    """Whether there is one number for each block, all finite, and the blocks are symmetric."""
-    if scales is None or weight.ndim != 2 or not fmt.symmetric:
+def _fit(tensors: Iterable[Tensor | None], name: str, weight: Tensor, fmt: BlockFormat) -> bool:
+    """Whether there is a number for each weight and two for each block, all finite, and the blocks
+    are symmetric."""
+    if weight.ndim != 2 or not fmt.symmetric:
         return False
-    blocks = -(-weight.shape[1] // fmt.block_size)
-    return scales.shape == (weight.shape[0], blocks) and bool(scales.isfinite().all())
+    rows, columns = shape_of(name, (weight.shape[0], weight.shape[1]))
+    blocks = (rows, -(-columns // fmt.block_size))
+    wanted = ((rows, columns), blocks, blocks)
+    return all(
+        tensor is not None and tensor.shape == shape and bool(tensor.isfinite().all())
+        for tensor, shape in zip(tensors, wanted, strict=True)
+    )
+
+
+def _integers(matrix: BlockMatrix) -> Float:
+    """The integers of a symmetric matrix [rows, columns], zero in the middle."""
+    values = unpack(matrix.packed, matrix.format.bits).astype(np.float32) - matrix.format.zero
+    rows: Float = values.reshape(len(values), -1)[:, : matrix.columns]
+    return rows
 
 
 class _Snap(torch.autograd.Function):
-    """The nearest value of the grid: blocks [rows, blocks, size], scales [rows, blocks, 1]."""
+    """Positions to the integers from -zero to zero - 1; beyond them nothing pulls."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: Tensor, scales: Tensor, zero: int) -> Tensor:
-        x = blocks / scales
-        q = x.round().clamp_(-zero, zero - 1)
-        inside = (x >= -zero - 0.5) & (x <= zero - 0.5)
-        ctx.save_for_backward(torch.where(inside, q - x, q), inside)
-        return q * scales
+    def forward(ctx: Any, positions: Tensor, zero: int) -> Tensor:
+        ctx.save_for_backward((positions >= -zero - 0.5) & (positions <= zero - 0.5))
+        return positions.round().clamp_(-zero, zero - 1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        slope, inside = ctx.saved_tensors
-        return grads[0] * inside, (grads[0] * slope).sum(-1, keepdim=True), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None
 
 
-def hidden_with(model: GPT, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """`model.hidden(ids)`, computed with `weights` in place of its own."""
+def hidden_and_head(
+    model: GPT, rounding: TrainedRounding | None, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`model.hidden(ids)` and the matrix that makes logits of it, as rounding leaves them."""
+    if rounding is None:
+        return model.hidden(ids), model.lm_head.weight
+    weights = rounding.weights()
     named = {f"model.{name}": weight for name, weight in weights.items()}
-    out: Tensor = torch.func.functional_call(_Hidden(model), named, (ids,))
-    return out
+    hidden: Tensor = torch.func.functional_call(_Hidden(model), named, (ids,))
+    head = "wte.weight" if model.config.tied else "lm_head.weight"
+    return hidden, weights.get(head, model.lm_head.weight)
 
 
 class _Hidden(nn.Module):
@@ -175,20 +225,3 @@ class _Hidden(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model.hidden(ids)
-
-
-def pulled_into_cells(
-    state: Mapping[str, Tensor], matrices: Mapping[str, BlockMatrix]
-) -> dict[str, Tensor]:
-    """Weights that round to `matrices`, and on that side of each integer where they were."""
-    moved = dict(state)
-    for name, matrix in matrices.items():
-        center = torch.from_numpy(matrix.dequantize())
-        reach = torch.from_numpy(np.abs(matrix.scales)).repeat_interleave(
-            matrix.format.block_size, dim=1
-        )[:, : matrix.columns]
-        moved[name] = state[name].clamp(center - _CELL * reach, center + _CELL * reach)
-        for twin, tensor in state.items():  # a tied matrix is one tensor under two names
-            if twin != name and tensor.data_ptr() == state[name].data_ptr():
-                moved[twin] = moved[name]
-    return moved

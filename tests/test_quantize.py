@@ -13,15 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from export.blocks import BITS, BlockFormat, Grid, least_squares_grid
+from export.blocks import BITS, BlockFormat, BlockMatrix, Grid, least_squares_grid
 from export.calibration import tied
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
+from export.data import open_ids, spread_windows
+from export.learned_rounding import learn_rounding
 from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
 from export.options import ConvertOptions
+from export.parts import parameter_of, rows_of, split
 from export.pipeline import convert
-from export.quantize import Recipe, average_bits, matrix_shapes
+from export.progress import silent
+from export.quantize import Recipe, average_bits, matrix_shapes, quantize_model
 from export.reopen import load_bundle
 from export.rounding import DATA_FREE, Moments, error_corrected, nearest
 from export.runs import Run, create_run, open_run
@@ -162,6 +166,61 @@ def test_calibration_and_verification_never_share_text(
         assert min(len(texts.verify), len(texts.calibration)) > 1000
 
 
+def divergence(model: GPT, matrices: dict[str, BlockMatrix], windows: torch.Tensor) -> float:
+    """Mean KL(model || model with rounded matrices), nats a token."""
+    twin = GPT(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            rows = torch.from_numpy(matrix.dequantize())
+            twin.get_parameter(parameter_of(name))[rows_of(name)] = rows
+        a, b = (m(windows).log_softmax(-1) for m in (model, twin))
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_learned_rounding_diverges_less_than_error_correction_on_text_it_has_not_seen(
+    run: Run, parts: bool
+) -> None:
+    model = load_checkpoint(run.path).model().eval()
+    seen = spread_windows(open_ids(run.train_ids), 32, 4096)
+    unseen = torch.from_numpy(spread_windows(open_ids(run.valid_ids), 32, 1024))
+    formats = Recipe("int4", block_size=32, head_bits=4).formats(model.config)
+    if parts:
+        first, rest = split("wte.weight", 100)
+        whole = formats.pop("wte.weight")
+        formats = {first: BlockFormat(8, 32), rest: whole} | formats
+    corrected = quantize_model(model, formats, "gptq", seen)
+    learned = learn_rounding(model, formats, seen, silent, steps=60)
+    assert learned.keys() == corrected.keys()
+    found, before = (divergence(model, matrices, unseen) for matrices in (learned, corrected))
+    assert found < 0.95 * before
+
+
+def test_learned_rounding_is_the_same_each_time(run: Run) -> None:
+    model = load_checkpoint(run.path).model().eval()
+    seen = spread_windows(open_ids(run.train_ids), 32, 4096)
+    formats = Recipe("int4").formats(model.config)
+    one, two = (learn_rounding(model, formats, seen, silent, steps=3) for _ in range(2))
+    assert all((one[name].dequantize() == two[name].dequantize()).all() for name in formats)
+
+
+def test_a_lesson_alone_is_the_divergence_from_the_teacher() -> None:
+    x, head = torch.randn(40, 8, requires_grad=True), torch.randn(30, 8)
+    lesson = Lesson(torch.randn(40, 8), torch.randn(30, 8), 1.0)
+    loss = linear_cross_entropy(x, head, None, torch.float32, lesson)
+    wanted = F.kl_div(
+        (x @ head.T).log_softmax(-1),
+        (lesson.x @ lesson.head.T).log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, x)[0] for value in (loss, wanted)), rtol=1e-4, atol=1e-6
+    )
+
+
 def test_a_lesson_adds_the_divergence_from_the_teacher_and_its_gradients() -> None:
     torch.manual_seed(0)
     x, head = torch.randn(40, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
@@ -192,7 +251,7 @@ def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
     checkpoint = load_checkpoint(made.path)
     out = tmp_path / "bundle"
     manifest = convert(made.path, out, ConvertOptions("int4", allow_loss=True))
-    rounded, reopened = checkpoint.rounded().state, load_bundle(out).state
+    rounded, reopened = checkpoint.state, load_bundle(out).state
     for name, tensor in rounded.items():
         assert torch.allclose(reopened[name], tensor, atol=1e-6), name
     assert manifest.quantization.method == "trained rounding"

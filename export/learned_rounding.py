@@ -1,0 +1,74 @@
+"""Rounding by gradient: which way each weight goes and how large the steps of its block are, so
+that the model predicts what it predicted before.
+
+SignRound (https://arxiv.org/abs/2309.05516) asks this of one layer after the other; here it is
+asked of all at once, and of what they are for: the divergence of the predictions on calibration
+text. No integer moves by more than one, and what is not rounded stays as it was: nothing is trained
+anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from .blocks import BlockFormat, BlockMatrix
+from .calibration import Ids, correct_errors
+from .loss import Lesson, autocast, linear_cross_entropy, product_dtype
+from .model import GPT
+from .optimizer import Optimizer, OptimizerConfig
+from .progress import Progress
+from .trained_rounding import TrainedRounding, hidden_and_head
+
+_WARM_UP = 10
+_BATCH_TOKENS = 2048
+_REACH = 1.0  # steps of the grid that a weight may go from where it began
+_CORRECTION = 0.1  # of the time, about
+
+
+def learn_rounding(
+    model: GPT,
+    formats: Mapping[str, BlockFormat],
+    windows: Ids,
+    progress: Progress,
+    steps: int = 300,
+) -> dict[str, BlockMatrix]:
+    """Round every matrix in `formats` for `windows` of calibration text [count, length]: first as
+    error correction does, then by steps from there. The same input gives the same matrices."""
+
+    def correcting(share: float, text: str) -> None:
+        progress(_CORRECTION * share, text)
+
+    corrected = correct_errors(model, formats, windows, correcting)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    rounding = TrainedRounding.start(corrected, frozen.state_dict())
+    home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}
+    optimizer = Optimizer(rounding.parameters(), OptimizerConfig())
+    draw = np.random.default_rng(0)
+    size = max(1, _BATCH_TOKENS // windows.shape[1])
+    for step in range(steps):
+        ids = torch.from_numpy(windows[draw.integers(0, len(windows), size)])
+        loss = _divergence(frozen, rounding, ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+        rate = 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        optimizer.step(rate * min(1.0, (step + 1) / _WARM_UP))
+        with torch.no_grad():
+            for name, positions in rounding.positions.items():
+                positions.clamp_(home[name] - _REACH, home[name] + _REACH)
+        share = _CORRECTION + (1.0 - _CORRECTION) * (step + 1) / steps
+        progress(share, f"learning to round: step {step + 1}, divergence {loss.item():.4f} nats")
+    return rounding.matrices()
+
+
+def _divergence(model: GPT, rounding: TrainedRounding, ids: torch.Tensor) -> torch.Tensor:
+    """Mean KL(model || rounded model) in nats a token."""
+    dtype = product_dtype(model.config.n_embd, ids.device)
+    with autocast(dtype, ids.device):
+        hidden, head = hidden_and_head(model, rounding, ids)
+        with torch.no_grad():
+            lesson = Lesson(model.hidden(ids).flatten(0, 1), model.lm_head.weight, 1.0)
+    return linear_cross_entropy(hidden.flatten(0, 1), head, None, dtype, lesson)
