@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptrt.session import import_onnxruntime
+from gptrt.engine import import_onnxruntime
 
 from .blocks import BlockFormat, BlockMatrix, Float, Grid, least_squares_grid, to_blocks
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptrt.architecture import ModelConfig
+from gptrt.engine import Device
 from gptrt.errors import OptionError
 from gptrt.format import open_bundle
 from gptrt.generator import Generator, embedded_bundle
-from gptrt.session import Device, Session
+from gptrt.session import Session
 from gptrt.tokenizer import Tokenizer
 
 
@@ -66,12 +67,12 @@ def bench(
 
 def _round(generator: Generator, session: Session, prompt: int, new: int) -> _Round:
     """One generation of ids that no text is needed for: the same ones every time."""
-    vocab_size = session.manifest.model.vocab_size
+    vocab_size = session.vocab_size
     ids = [(i * 7919) % vocab_size for i in range(prompt)]
-    ends, inside = [time.perf_counter()], [session.graph_seconds]
+    ends, inside = [time.perf_counter()], [session.engine.seconds]
     for _ in generator.tokens(ids, max_new_tokens=new):
         ends.append(time.perf_counter())
-        inside.append(session.graph_seconds)
+        inside.append(session.engine.seconds)
     loop = [(ends[i + 1] - ends[i]) - (inside[i + 1] - inside[i]) for i in range(1, new)]
     return _Round(ends[1] - ends[0], ends[-1] - ends[1], loop)
 

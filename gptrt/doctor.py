@@ -10,12 +10,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, DependencyError, FidelityError
 from gptrt.format import Bundle, Golden, open_bundle, read_manifest
 from gptrt.generator import Generator, embedded_bundle
 from gptrt.machine import cpu_quota, usable_cores
 from gptrt.schema import encode
-from gptrt.session import Device, Session, import_onnxruntime
+from gptrt.session import Session
 from gptrt.tokenizer import Tokenizer
 
 StrPath = str | os.PathLike[str]

@@ -16,13 +16,13 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gptrt.architecture import ModelConfig
 from gptrt.cache import KVCache
 from gptrt.config import GenerationConfig
+from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
-from gptrt.format import MANIFEST_FILE, Manifest, check_weights, open_structure
+from gptrt.format import MANIFEST_FILE, check_weights, open_structure
 from gptrt.sampling import Sampler
-from gptrt.session import Device, Ids, Logits, Session, import_onnxruntime
+from gptrt.session import Ids, Logits, Session
 from gptrt.tokenizer import StopStrings, Tokenizer
 
 FinishReason = Literal["stop", "length", "time"]
@@ -36,7 +36,9 @@ class Runner(Protocol):
     """What a generator needs of a session: the seam at which tests put a fake."""
 
     @property
-    def manifest(self) -> Manifest: ...
+    def context(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache: ...
     def run(
         self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1
@@ -73,6 +75,9 @@ class _Call:
 class Generator:
     """Continues text with the bundle at `path`, or with the embedded one.
 
+    `path` may also be a decoder that onnxruntime-genai, optimum or transformers.js brought, a
+    folder or its .onnx file: it runs unchecked, with a warning, and less fast.
+
     Options of all methods are those of `GenerationConfig`, as keywords or as `config=`. Every call
     has a cache and bindings of its own, so calls may overlap, in one thread or in several, and a
     stream may be left or closed at any time.
@@ -89,6 +94,12 @@ class Generator:
         device: Device = "auto",
         threads: int | None = None,
     ) -> None:
+        if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
+            from gptrt import foreign  # an import that bundles need not wait for
+
+            if foreign.is_foreign(path):
+                self._set_up(*foreign.open_decoder(path, device=device, threads=threads))
+                return
         # Hashing, opening and reading the tokenizer do not need each other.
         bundle = open_structure(embedded_bundle() if path is None else path)
         with ThreadPoolExecutor(2) as beside:
@@ -203,11 +214,11 @@ class Generator:
             config = GenerationConfig.from_options(**options)
         elif options:
             raise OptionError("config= or options", found="both", do="put all into the config")
-        model = self.session.manifest.model
-        _check_words(config, model.vocab_size)
+        session = self.session
+        _check_words(config, session.vocab_size)
         ids = self._ids(prompt)
-        _check_prompt(ids, model)
-        return _Call(ids, config, min(config.max_new_tokens, model.n_positions - len(ids)))
+        _check_prompt(ids, session)
+        return _Call(ids, config, min(config.max_new_tokens, session.context - len(ids)))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -226,19 +237,18 @@ def _passes(prompt: list[int]) -> Iterator[list[list[int]]]:
         yield [prompt[start : start + _LONGEST_PASS]]
 
 
-def _check_prompt(ids: Sequence[int], model: ModelConfig) -> None:
+def _check_prompt(ids: Sequence[int], session: Runner) -> None:
     if not ids:
         raise PromptError("a prompt of one token or more", found="none", do="give some text")
-    if not 0 <= min(ids) <= max(ids) < model.vocab_size:
+    if not 0 <= min(ids) <= max(ids) < session.vocab_size:
         raise PromptError(
-            f"ids from 0 to {model.vocab_size - 1}",
+            f"ids from 0 to {session.vocab_size - 1}",
             found=f"{min(ids)} to {max(ids)}",
             do="encode the prompt with the tokenizer of this bundle",
         )
-    if len(ids) >= model.n_positions:
+    if len(ids) >= session.context:
         raise PromptError(
-            f"a prompt of at most {model.n_positions - 1} tokens, in a context of "
-            f"{model.n_positions}",
+            f"a prompt of at most {session.context - 1} tokens, in a context of {session.context}",
             found=f"{len(ids)} tokens",
             do="shorten the prompt",
         )

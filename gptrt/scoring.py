@@ -44,7 +44,7 @@ def perplexity(
     Raises OptionError, DataError for a text of less than two ids, FidelityError for logits that
     are no numbers.
     """
-    context = session.manifest.model.n_positions
+    context = session.context
     window = context if window is None else window
     stride = window if stride is None else stride
     if not 1 <= stride <= window <= context:
@@ -53,7 +53,7 @@ def perplexity(
             found=f"stride {stride}, window {window}",
             do="correct them or leave them out",
         )
-    text = _checked(ids, session.manifest.model.vocab_size)
+    text = _checked(ids, session.vocab_size)
     cache = session.new_cache(min(window, len(text) - 1))
     total = 0.0
     for first in range(1, len(text), stride):  # the first id that this window predicts
@@ -77,7 +77,7 @@ def _checked(ids: Sequence[int] | NDArray[np.integer[Any]], vocab_size: int) -> 
 def _window_nll(session: Runner, cache: KVCache, window: Ids, scored: int) -> float:
     """The nll, summed, of the last `scored` ids of a window, each from all before it."""
     inputs, targets = window[:-1], window[1:]
-    size = max(1, _LOGITS_BYTES // (4 * session.manifest.model.vocab_size))
+    size = max(1, _LOGITS_BYTES // (4 * session.vocab_size))
     total, unscored = 0.0, len(inputs) - scored
     for start in range(0, len(inputs), size):
         end = min(start + size, len(inputs))

@@ -48,16 +48,20 @@ class Tokenizer:
     @classmethod
     def open(cls, bundle: Bundle) -> Tokenizer:
         """The tokenizer of a bundle. Raises BundleError if its file cannot be read."""
+        return cls.read(bundle.file(TOKENIZER_FILE), _read_eos_token_ids(bundle))
+
+    @classmethod
+    def read(cls, path: Path, eos_token_ids: Iterable[int]) -> Tokenizer:
+        """A `tokenizer.json`. Raises BundleError if it cannot be read."""
         from tokenizers import Tokenizer as Inner
 
-        path = bundle.file(TOKENIZER_FILE)
         try:
             inner = Inner.from_file(str(path))
         except Exception as e:  # the library raises no narrower class
             raise BundleError(
                 f"a tokenizer in {path}", found=str(e), do="export the bundle again"
             ) from e
-        return cls(inner, _read_eos_token_ids(bundle))
+        return cls(inner, eos_token_ids)
 
     def endless(self) -> Tokenizer:
         """The same, with no id that ends a text: for measuring and for comparing ids."""

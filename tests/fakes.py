@@ -9,9 +9,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
-from gptrt.architecture import ModelConfig
 from gptrt.cache import KVCache
-from gptrt.format import CacheLayout, Manifest, Quantization
 from gptrt.tokenizer import Tokenizer
 
 EOS = 256
@@ -25,7 +23,7 @@ class FakeSession:
 
     def __init__(self, predict: Predict, *, context: int = 64) -> None:
         self.predict = predict
-        self.manifest = _manifest(context)
+        self.context, self.vocab_size = context, VOCAB
         self.passes: list[int] = []  # how many ids each run took
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
@@ -99,18 +97,3 @@ def _inner_byte_tokenizer() -> tokenizers.Tokenizer:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<|endoftext|>"])
     return inner
-
-
-def _manifest(context: int) -> Manifest:
-    model = ModelConfig(VOCAB, context, 1, 1, 1, 8, 8, 32)
-    return Manifest(
-        format_version=1,
-        name="fake",
-        model=model,
-        cache=CacheLayout(1, 1, 8, context),
-        quantization=Quantization("none", "none", 32, 32, 0, 32.0),
-        fidelity=None,
-        golden=(),
-        files={},
-        lineage={},
-    )

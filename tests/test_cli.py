@@ -19,9 +19,10 @@ from export.cli import main as gptrt_export
 from export.data import VALID_IDS, open_ids
 from export.runs import DATA_FOLDER, Run
 from gptrt.cli import main as gptrt
+from gptrt.engine import import_onnxruntime
 from gptrt.format import open_bundle, read_manifest
 from gptrt.generator import Generator
-from gptrt.session import Session, import_onnxruntime
+from gptrt.session import Session
 from gptrt.tokenizer import Tokenizer
 
 from .conftest import assert_refused, run_cli, story

@@ -21,9 +21,10 @@ from export.checkpoint import load_checkpoint
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run
+from gptrt.engine import import_onnxruntime
 from gptrt.errors import BundleError, DeviceError, OptionError, PromptError
 from gptrt.format import Bundle, describe_file, open_bundle
-from gptrt.session import Session, import_onnxruntime
+from gptrt.session import Session
 
 Change = Callable[[dict[str, Any]], object]
 EditManifest = Callable[[Change], Path]
@@ -144,7 +145,7 @@ def test_cuda_runs_there_or_is_refused_with_what_is_missing(bundle: Path) -> Non
         wanted = r"pip install 'gptrt\[cuda\]'"
     with pytest.raises(DeviceError, match=wanted):
         Session(open_bundle(bundle), device="cuda")
-    assert Session(open_bundle(bundle), device="auto").device == "cpu"
+    assert Session(open_bundle(bundle), device="auto").engine.device == "cpu"
 
 
 _WITHOUT_ONNXRUNTIME = """

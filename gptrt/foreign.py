@@ -1,0 +1,332 @@
+"""Decoders that other tools exported: folders of onnxruntime-genai, optimum and transformers.js.
+
+Their graphs share most of our names, but the cache grows: each run takes the keys and values so far
+and gives those and the new ones back. What a graph takes and gives is read from the graph itself;
+of the folder's JSON only what it cannot say: the context, the ids that end a text, where it lies.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptrt.architecture import MAX_COUNT
+from gptrt.cache import KVCache
+from gptrt.engine import Device, Engine
+from gptrt.errors import BundleError, PromptError
+from gptrt.format import (
+    ATTENTION_MASK,
+    CONFIG_FILE,
+    GENAI_CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    INPUT_IDS,
+    LOGITS,
+    MANIFEST_FILE,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    TOKENIZER_FILE,
+)
+from gptrt.schema import read_json
+from gptrt.session import Ids, Logits, check_capacity, check_ids
+from gptrt.tokenizer import Tokenizer
+
+# The first that is there is taken: whole decoders before those in fewer bits.
+GRAPHS = tuple(
+    f"{folder}{name}.onnx"
+    for folder in ("", "onnx/")
+    for name in (
+        *("model", "decoder_model_merged", "model_q4", "decoder_model_merged_q4"),
+        *("model_quantized", "decoder_model_merged_quantized", "model_int8", "model_fp16"),
+    )
+)
+_USE_CACHE_BRANCH = "use_cache_branch"  # of optimum's merged decoders
+_GENAI_KEYS = {"head_size": "head_dim", "num_key_value_heads": "num_key_value_heads"}
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ForeignFolder:
+    """Where the parts of a decoder lie, and what its graph cannot say of it."""
+
+    path: Path
+    graph: Path
+    context: int
+    eos_token_ids: tuple[int, ...]
+    config: Mapping[str, Any]
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, or one that refuses text where it has none."""
+        path = self.path / TOKENIZER_FILE
+        found = Tokenizer.read(path, self.eos_token_ids) if path.is_file() else None
+        return found or _NoTokenizer(self.path, self.eos_token_ids)
+
+
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a graph at `path` that no manifest of ours speaks for."""
+    path = Path(path)
+    if path.is_file():
+        return path.suffix == ".onnx"
+    if not path.is_dir() or (path / MANIFEST_FILE).is_file():
+        return False
+    return (path / GENAI_CONFIG_FILE).is_file() or any((path / name).is_file() for name in GRAPHS)
+
+
+def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
+    """A folder, or one graph in it. Raises BundleError for what is missing or out of bounds."""
+    path = Path(path)
+    folder, graph = (path, None) if path.is_dir() else (path.parent, path)
+    if graph is not None and folder.name == "onnx":
+        folder = folder.parent
+    genai = _part(_read(folder / GENAI_CONFIG_FILE), "model")
+    decoder = _part(genai, "decoder")
+    known = {ours: decoder[theirs] for theirs, ours in _GENAI_KEYS.items() if theirs in decoder}
+    config = known | _read(folder / CONFIG_FILE)
+    generation = _read(folder / GENERATION_CONFIG_FILE)
+    graph = graph or _graph(folder, decoder.get("filename"))
+    context = genai.get("context_length")
+    for key in _CONTEXT_KEYS:
+        context = config.get(key) if context is None else context
+    if type(context) is not int or not 1 <= context <= MAX_COUNT:
+        raise BundleError(
+            f"the context of {graph}, as context_length in {GENAI_CONFIG_FILE} or as "
+            f"{_CONTEXT_KEYS[0]} in {CONFIG_FILE}",
+            found=repr(context),
+            do="write it there",
+        )
+    ends = (json.get("eos_token_id") for json in (genai, generation, config))
+    found: Any = next((value for value in ends if value is not None), [])
+    eos = found if isinstance(found, list) else [found]
+    if any(type(token) is not int or token < 0 for token in eos):
+        raise BundleError(f"ids as eos_token_id in {folder}", found=repr(eos), do="correct them")
+    return ForeignFolder(folder, graph, context, tuple(eos), config)
+
+
+def warn_of(folder: ForeignFolder) -> None:
+    """Once for each place that opens one, as warnings are."""
+    warnings.warn(
+        f"{folder.graph} has no manifest of gptrt beside it: whether its files are whole is not "
+        "checked, and nothing is promised of what it computes",
+        UserWarning,
+        stacklevel=4,  # where the application makes its Generator
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    json = read_json(path, error=BundleError) if path.is_file() else {}
+    if not isinstance(json, dict):
+        raise BundleError(f"an object in {path}", found=type(json).__name__, do="restore it")
+    return json
+
+
+def _part(json: dict[str, Any], key: str) -> dict[str, Any]:
+    part = json.get(key, {})
+    return part if isinstance(part, dict) else {}
+
+
+def _graph(folder: Path, named: Any) -> Path:
+    names = [named] if isinstance(named, str) else list(GRAPHS)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise BundleError(
+        f"a decoder in {folder}: {', '.join(names)}",
+        found="none of them",
+        do="give the path of the .onnx file itself",
+    )
+
+
+class _NoTokenizer(Tokenizer):
+    """Ids still go in and come out."""
+
+    def __init__(self, folder: Path, eos_token_ids: Sequence[int]) -> None:
+        self._folder, self.eos_token_ids = folder, tuple(eos_token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        del text
+        raise self._missing()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        del ids
+        raise self._missing()
+
+    def stream_decoder(self) -> Any:
+        raise self._missing()
+
+    def _missing(self) -> PromptError:
+        return PromptError(
+            f"{TOKENIZER_FILE} in {self._folder}, to read and write text",
+            found="none",
+            do="add it, or give ids and take them from Generator.tokens",
+        )
+
+
+# --- the graph ----------------------------------------------------------------------------------
+
+_INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+_FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One tensor of the cache: its names, and its shape [..., batch, heads, length, head_dim] with
+    None where the batch and the length go."""
+
+    past: str
+    present: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    def empty(self, batch: int) -> NDArray[Any]:
+        *before, _, heads, _, width = self.shape
+        return np.zeros((*before, batch, heads, 0, width), self.dtype)  # type: ignore[arg-type]
+
+
+class ForeignSession:
+    """A decoder that another tool exported: what `Session` is for a bundle of ours.
+
+    Raises what `Engine` does, and BundleError with everything that such a graph should have and
+    this one has not.
+    """
+
+    def __init__(
+        self, folder: ForeignFolder, *, device: Device = "auto", threads: int | None = None
+    ) -> None:
+        self.context = folder.context
+        self.engine = Engine(folder.graph, device=device, threads=threads)
+        self._takes = {node.name: node for node in self.engine.inputs}
+        gives = {node.name: node for node in self.engine.outputs}
+        self._slots, faults = _slots(self._takes, gives, folder.config)
+        known = {INPUT_IDS, ATTENTION_MASK, POSITION_IDS, NUM_LOGITS_TO_KEEP, _USE_CACHE_BRANCH}
+        ours = self._takes.keys() - {slot.past for slot in self._slots}
+        faults += [f"input {name} is unknown" for name in sorted(ours - known)]
+        faults += [
+            f"input {name} is {self._takes[name].type}"
+            for name in sorted(ours & known)
+            if self._takes[name].type not in _INTEGERS
+        ]
+        faults += [f"input {INPUT_IDS} is missing"] if INPUT_IDS not in self._takes else []
+        logits = gives.get(LOGITS)
+        size = logits.shape[-1] if logits is not None else None
+        self.vocab_size = size if isinstance(size, int) else folder.config.get("vocab_size", 0)
+        if logits is None or logits.type not in _FLOATS or not self.vocab_size:
+            faults.append(f"output {LOGITS} is missing, or of no known type and size")
+        if faults:
+            raise BundleError(
+                f"the inputs and outputs of a decoder with a cache in {folder.graph}",
+                found="; ".join(faults),
+                do="export it with its cache, as optimum, onnxruntime-genai or mobius do",
+            )
+        self._logits_dtype = _FLOATS[gives[LOGITS].type]
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache; its memory grows with what is read."""
+        check_capacity(capacity, self.context)
+        return KVCache(batch, capacity, _Grown(self.engine, self._slots, batch))
+
+    def run(self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1) -> Logits:
+        """As `Session.run`."""
+        batch, new = check_ids(ids, cache)
+        total, kept = cache.length + new, min(keep or new, new)
+        grown: _Grown = cache.buffers
+        grown.go_back_to(cache.length)
+        values: dict[str, NDArray[Any]] = {
+            INPUT_IDS: np.asarray(ids),
+            ATTENTION_MASK: np.ones((batch, total)),
+            POSITION_IDS: np.broadcast_to(np.arange(cache.length, total), (batch, new)),
+            NUM_LOGITS_TO_KEEP: np.full(len(self._shape(NUM_LOGITS_TO_KEEP)) * (1,), kept),
+            _USE_CACHE_BRANCH: np.array([cache.length > 0]),
+        }
+        binding = self.engine.new_binding()
+        for name, value in values.items():
+            if name in self._takes:
+                array: NDArray[Any] = value.astype(_INTEGERS[self._takes[name].type])
+                binding.bind_ortvalue_input(name, self.engine.memory_of(array))
+        for slot, memory in zip(self._slots, grown.values, strict=True):
+            binding.bind_ortvalue_input(slot.past, memory)
+            binding.bind_output(slot.present, self.engine.device)
+        binding.bind_output(LOGITS, "cpu")
+        self.engine.run(binding)
+        *grown.values, logits = binding.get_outputs()
+        grown.length = cache.length = total
+        found: NDArray[Any] = logits.numpy()
+        return np.array(found[:, -kept:], np.float32)
+
+    def _shape(self, name: str) -> Sequence[Any]:
+        return self._takes[name].shape if name in self._takes else ()
+
+
+class _Grown:
+    """Keys and values as the last run gave them."""
+
+    def __init__(self, engine: Engine, slots: Sequence[_Slot], batch: int) -> None:
+        self._engine, self._slots = engine, slots
+        self.length = 0
+        self.values = [engine.memory_of(slot.empty(batch)) for slot in slots]
+
+    def go_back_to(self, length: int) -> None:
+        """Forget what was read from position `length` on."""
+        if length == self.length:
+            return
+        cut = (np.ascontiguousarray(value.numpy()[..., :length, :]) for value in self.values)
+        self.values = [self._engine.memory_of(array) for array in cut]
+        self.length = length
+
+
+def open_decoder(
+    path: str | os.PathLike[str], *, device: Device = "auto", threads: int | None = None
+) -> tuple[ForeignSession, Tokenizer]:
+    """What a generator needs, with a warning that none of it is checked."""
+    folder = open_foreign(path)
+    warn_of(folder)
+    return ForeignSession(folder, device=device, threads=threads), folder.tokenizer()
+
+
+def _slots(
+    takes: Mapping[str, Any], gives: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[list[_Slot], list[str]]:
+    """The cache of a graph, and what is wrong with it. A cache may be a tensor for each key and
+    each value of a layer, or one for both of them, [2, batch, heads, length, head_dim]."""
+    slots, faults = [], []
+    for past in (name for name in takes if name.startswith("past")):
+        rest = past.removeprefix("past_key_values").removeprefix("past")
+        names = (f"present{rest}", f"present_key_values{rest}")
+        present = next((name for name in names if name in gives), None)
+        node = takes[past]
+        if present is None:
+            faults.append(f"output {names[0]} is missing")
+        elif node.type not in _FLOATS or len(node.shape) not in (4, 5):
+            faults.append(f"input {past} is {node.type} {node.shape}")
+        else:
+            *before, _, heads, _, width = node.shape
+            heads, width = _heads(heads, config), _width(width, config)
+            if not all(isinstance(size, int) for size in (*before, heads, width)):
+                faults.append(f"input {past} has the shape {node.shape}, and no config says more")
+            shape = (*before, None, heads, None, width)
+            slots.append(_Slot(past, present, shape, _FLOATS[node.type]))
+    if not slots and not faults:
+        faults.append("inputs past_key_values.*.key and .value, or past_*, are missing")
+    return slots, faults
+
+
+def _heads(size: Any, config: Mapping[str, Any]) -> Any:
+    keys = ("num_key_value_heads", "num_attention_heads", "n_head")
+    return size if isinstance(size, int) else next((config[k] for k in keys if k in config), None)
+
+
+def _width(size: Any, config: Mapping[str, Any]) -> Any:
+    if isinstance(size, int) or "head_dim" in config:
+        return size if isinstance(size, int) else config["head_dim"]
+    width = config.get("hidden_size", config.get("n_embd"))
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    divides = isinstance(width, int) and isinstance(heads, int) and heads > 0
+    return width // heads if divides and width % heads == 0 else None
