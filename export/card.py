@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gptrt.architecture import ForeignModel, ModelConfig
 from gptrt.format import Fidelity, Manifest
 
 
@@ -33,10 +34,18 @@ def _summary(manifest: Manifest) -> str:
         else quantization.mode
     )
     return (
-        f"A decoder-only GPT: {model.n_layer} layers, {model.n_embd} wide, {model.n_head} heads, "
-        f"vocabulary {model.vocab_size:,}, context {model.n_positions:,} tokens, "
-        f"{model.positions} positions.\nMatrices: {stored}. KV cache: {manifest.cache.dtype}. "
+        f"{_shape(model)}, vocabulary {model.vocab_size:,}, context {model.n_positions:,} tokens."
+        f"\nMatrices: {stored}. KV cache: {manifest.cache.dtype}. "
         f"The folder holds {size:.1f} MB."
+    )
+
+
+def _shape(model: ModelConfig | ForeignModel) -> str:
+    if isinstance(model, ForeignModel):
+        return f"A {model.architecture}, its graph built by {model.made_with}"
+    return (
+        f"A decoder-only GPT: {model.n_layer} layers, {model.n_embd} wide, {model.n_head} heads, "
+        f"{model.positions} positions"
     )
 
 

@@ -172,6 +172,11 @@ def presets() -> None:
     type=click.FloatRange(min=1, min_open=True),
     help="A budget of perplexity: the smallest bundle within it.",
 )
+@click.option(
+    "--via",
+    type=click.Choice(["mobius", "optimum"]),
+    help="The library that builds the graph, for an architecture that is not native.",
+)
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), help="Numbers in the KV cache.")
 @click.option("--verify-text", type=_path, help="Text to measure fidelity on.")
 @click.option("--calibration-text", type=_path, help="Other text, to correct rounding errors by.")

@@ -15,6 +15,7 @@ from .quantize import Recipe, mode_of
 from .rounding import Method
 from .sensitivity import check_budget
 from .texts import DEFAULT_TOKENS, TextFiles
+from .via import Via, check_recipe
 
 _RECIPE = ("method", "block_size", "head_bits", "symmetric")
 
@@ -41,6 +42,7 @@ class ConvertOptions:
     verify_tokens: int = DEFAULT_TOKENS
     window: int | None = None  # tokens in a row, of either text: the context, if not given
     against: Path | None = None
+    via: Via | None = None  # the library that builds the graph of what is not native
     max_perplexity_ratio: float | None = None
     allow_loss: bool = False
     force: bool = False
@@ -85,6 +87,8 @@ class ConvertOptions:
 
     def check(self) -> None:
         """Raises OptionError for options that do not go together, before any work is done."""
+        if self.via is not None:
+            self._check_via()
         if self.kv_cache == "int8" and self.mode == "fp16":
             raise OptionError(
                 "--kv-cache int8 with --quantize none, int8 or int4",
@@ -106,6 +110,22 @@ class ConvertOptions:
             )
         if self.bits_per_weight is not None and self.target_ratio is not None:
             raise OptionError("one budget", found="two", do="leave one of them out")
+
+    def _check_via(self) -> None:
+        check_recipe(self.recipe)
+        ours = {
+            "--quantize fp16": self.mode == "fp16",
+            "--kv-cache int8": self.kv_cache == "int8",
+            "--calibration-text": self.calibration_text is not None,
+            "--against": self.against is not None,
+            "a budget": self.mixed,
+        }
+        if given := [name for name, used in ours.items() if used]:
+            raise OptionError(
+                "--via with --quantize none, int8, int4 or int2 and --verify-text",
+                found=", ".join(given),
+                do="leave it out: that is for models of ours",
+            )
 
     def check_for(self, checkpoint: Checkpoint) -> None:
         """Raises OptionError for what the model cannot be, likewise before any work."""

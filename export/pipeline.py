@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from gptrt.architecture import ModelConfig
+from gptrt.architecture import ForeignModel, ModelConfig
 from gptrt.errors import CheckpointError, FidelityError, PromptError, TargetError
 from gptrt.format import (
     CARD_FILE,
     FORMAT_VERSION,
     MANIFEST_FILE,
+    TOKENIZER_FILE,
     Bundle,
     CacheLayout,
     Fidelity,
@@ -21,9 +22,9 @@ from gptrt.format import (
     describe_file,
     open_bundle,
 )
-from gptrt.generator import Generator
-from gptrt.session import Session
+from gptrt.generator import Generator, open_session
 
+from . import via
 from .card import model_card
 from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
 from .companions import write_companions
@@ -37,12 +38,25 @@ from .plots import plot_sensitivity
 from .runs import TEACHER_FOLDER
 from .storing import Step, silent_step, store
 from .texts import DEFAULT_TOKENS, TextFiles, Texts, choose_texts
-from .verify import golden_prompts, measure
+from .tokenization import load_tokenizer
+from .verify import Reference, golden_prompts, measure
 
 # Perplexity ratios above which a conversion fails.
 LIMITS = {"none": 1.001, "fp16": 1.002, "int8": 1.002, "int4": 1.01, "int2": 1.10}
 _SAMPLE_PROMPTS = ("Once upon a time", "The king said", "In the morning")
 _PICTURE_FILE = "sensitivity.png"
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What a way of converting leaves in the folder of a bundle, and what it is to be judged by."""
+
+    model: ModelConfig | ForeignModel
+    cache: CacheLayout
+    quantization: Quantization
+    lineage: dict[str, str]
+    texts: Texts
+    reference: Reference
 
 
 def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silent_step) -> Manifest:
@@ -52,34 +66,66 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silen
     """
     refuse_taken(out, force=options.force)
     options.check()
+    with written_whole(out) as folder:
+        draft = (_fill if options.via is None else _fill_via)(source, folder, options, step)
+        manifest = _manifest(out.name, draft, options, folder)
+        write_json(folder / MANIFEST_FILE, asdict(manifest))
+        step("verifying against PyTorch")
+        manifest = _promise(manifest, open_bundle(folder), draft, options)
+        write_json(folder / MANIFEST_FILE, asdict(manifest))
+    return manifest
+
+
+def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _Draft:
+    """A model of ours: everything is refused before the first matrix is rounded."""
     checkpoint = load_checkpoint(source)
     options.check_for(checkpoint)
     calibrate = options.needs_calibration(checkpoint)
-    texts = choose_texts(source, checkpoint, options.text_files, calibrate=calibrate)
+    texts = choose_texts(
+        source,
+        checkpoint.tokenizer,
+        options.text_files,
+        calibrate=checkpoint.config if calibrate else None,
+    )
     reference = _reference(source, checkpoint, options)
     checkpoint = with_padded_heads(checkpoint)
     model = checkpoint.alone().model().eval()
-    with written_whole(out) as folder:
-        stored = store(checkpoint, model, texts, options, step)
-        step("tracing the graph")
-        graph = build_graph(copy.deepcopy(model).half() if options.mode == "fp16" else model)
-        store_matrices(graph, stored.matrices)
-        if options.kv_cache == "int8":
-            assert texts.calibration is not None, "choose_texts has seen to it"
-            quantize_cache(graph.graph, calibrate_cache(model, texts.calibration))
-        save_graph(graph, folder)
-        if stored.options:
-            plot_sensitivity(stored.options, stored.quantization.matrices, folder / _PICTURE_FILE)
-        assert checkpoint.tokenizer is not None
-        write_companions(folder, checkpoint.config, checkpoint.tokenizer, checkpoint.special)
-        checkpoint = replace(checkpoint, lineage=checkpoint.lineage | options.notes)
-        cache = options.cache_layout(checkpoint.config)
-        draft = _manifest(out.name, checkpoint, cache, stored.quantization, folder)
-        write_json(folder / MANIFEST_FILE, asdict(draft))
-        step("verifying against PyTorch")
-        manifest = _promise(draft, open_bundle(folder), reference, texts, options)
-        write_json(folder / MANIFEST_FILE, asdict(manifest))
-    return manifest
+    stored = store(checkpoint, model, texts, options, step)
+    step("tracing the graph")
+    graph = build_graph(copy.deepcopy(model).half() if options.mode == "fp16" else model)
+    store_matrices(graph, stored.matrices)
+    if options.kv_cache == "int8":
+        assert texts.calibration is not None, "choose_texts has seen to it"
+        quantize_cache(graph.graph, calibrate_cache(model, texts.calibration))
+    save_graph(graph, folder)
+    if stored.options:
+        plot_sensitivity(stored.options, stored.quantization.matrices, folder / _PICTURE_FILE)
+    assert checkpoint.tokenizer is not None
+    write_companions(folder, checkpoint.config, checkpoint.tokenizer, checkpoint.special)
+    cache = options.cache_layout(checkpoint.config)
+    lineage, config = checkpoint.lineage, checkpoint.config
+    return _Draft(config, cache, stored.quantization, lineage, texts, reference)
+
+
+def _fill_via(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _Draft:
+    """A model that another library builds."""
+    assert options.via is not None
+    recipe = options.recipe
+    config = via.read_config(source)
+    vocabulary = source / TOKENIZER_FILE
+    tokenizer = load_tokenizer(vocabulary) if vocabulary.is_file() else None
+    texts = choose_texts(source, tokenizer, options.text_files)
+    step(f"building the graph with {options.via}")
+    graph = via.build(options.via, source)
+    model = via.describe_model(config, graph.graph, options.via)
+    matrices = {} if recipe is None else via.round_matrices(graph.graph, recipe)
+    quantization = via.describe_rounding(graph.graph, matrices, recipe)
+    cache = via.describe_cache(model, graph.graph)
+    store_matrices(graph, matrices)
+    save_graph(graph, folder)
+    via.write_companions(source, folder, model.vocab_size)
+    lineage = {"source": source.name, "graph": model.made_with}
+    return _Draft(model, cache, quantization, lineage, texts, via.reference_of(source))
 
 
 def _reference(source: Path, checkpoint: Checkpoint, options: ConvertOptions) -> GPT:
@@ -93,7 +139,7 @@ def _reference(source: Path, checkpoint: Checkpoint, options: ConvertOptions) ->
     return other.alone().model().eval()
 
 
-def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig | ForeignModel) -> None:
     if checkpoint.config != config:
         raise CheckpointError(
             "the checkpoint that the bundle was made from",
@@ -109,9 +155,9 @@ def verify(
     bundle = open_bundle(path)
     checkpoint = with_padded_heads(load_checkpoint(against))
     _check_same_shape(checkpoint, bundle.manifest.model)
-    texts = choose_texts(against, checkpoint, TextFiles(text), calibrate=False)
+    texts = choose_texts(against, checkpoint.tokenizer, TextFiles(text))
     step("verifying against PyTorch")
-    session = Session(bundle, device="cpu")
+    session = open_session(bundle, device="cpu")
     model = checkpoint.alone().model().eval()
     ids = texts.verify
     return bundle.manifest, measure(session, model, ids, text=texts.name, tokens=DEFAULT_TOKENS)
@@ -147,23 +193,17 @@ def refuse_taken(out: Path, *, force: bool) -> None:
         )
 
 
-def _manifest(
-    name: str,
-    checkpoint: Checkpoint,
-    cache: CacheLayout,
-    quantization: Quantization,
-    folder: Path,
-) -> Manifest:
+def _manifest(name: str, draft: _Draft, options: ConvertOptions, folder: Path) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
-        model=checkpoint.config,
-        cache=cache,
-        quantization=quantization,
+        model=draft.model,
+        cache=draft.cache,
+        quantization=draft.quantization,
         fidelity=None,
         golden=(),
         files={p.name: describe_file(p) for p in sorted(folder.iterdir())},
-        lineage=checkpoint.lineage | {"exported_with": _versions()},
+        lineage=draft.lineage | options.notes | {"exported_with": _versions()},
     )
 
 
@@ -172,13 +212,13 @@ def _versions() -> str:
 
 
 def _promise(
-    draft: Manifest, bundle: Bundle, model: GPT, texts: Texts, options: ConvertOptions
+    manifest: Manifest, bundle: Bundle, draft: _Draft, options: ConvertOptions
 ) -> Manifest:
     """The final manifest: fidelity and golden ids measured on the draft, the card written."""
-    session = Session(bundle, device="cpu")
+    session, texts = open_session(bundle, device="cpu"), draft.texts
     fidelity = measure(
         session,
-        model,
+        draft.reference,
         texts.verify,
         text=texts.name,
         tokens=options.verify_tokens,
@@ -186,8 +226,7 @@ def _promise(
     )
     if not options.allow_loss:
         check_fidelity(fidelity, options.mode, options.max_perplexity_ratio)
-    golden = golden_prompts(session, texts.verify, model.config.n_positions)
-    promised = replace(draft, fidelity=fidelity, golden=golden)
+    promised = replace(manifest, fidelity=fidelity, golden=golden_prompts(session, texts.verify))
     card = bundle.path / CARD_FILE
     card.write_text(model_card(promised, _samples(bundle)), encoding="utf-8")
     return replace(promised, files=promised.files | {CARD_FILE: describe_file(card)})

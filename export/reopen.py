@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from gptrt.architecture import ForeignModel
 from gptrt.errors import CheckpointError
 from gptrt.format import (
     GENERATION_CONFIG_FILE,
@@ -45,10 +46,16 @@ def load_bundle(path: Path) -> Checkpoint:
     """The checkpoint that a bundle holds. Raises BundleError, and CheckpointError for a graph
     that was not made by us."""
     bundle = open_bundle(path)
-    manifest = bundle.manifest
+    manifest, model = bundle.manifest, bundle.manifest.model
+    if isinstance(model, ForeignModel):
+        raise CheckpointError(
+            f"a model of ours in {path}",
+            found=f"a graph built by {model.made_with}",
+            do="fine-tune the checkpoint that it was made from",
+        )
     graph = ir.load(bundle.file(GRAPH_FILE)).graph
     with torch.device("meta"):
-        wanted = dict(GPT(manifest.model).named_parameters())
+        wanted = dict(GPT(model).named_parameters())
     found = dict(_plain(graph)) | _joined(dict(_quantized(graph, wanted)))
     if "wte.weight" not in found:  # tied, it bears one of its two names
         found["wte.weight"] = found.pop("lm_head.weight", None)
@@ -59,12 +66,12 @@ def load_bundle(path: Path) -> Checkpoint:
             do="fine-tune the checkpoint that it was made from",
         )
     state = {n: torch.from_numpy(np.array(found[n], np.float32, order="C")) for n in wanted}
-    if manifest.model.tied:
+    if model.tied:
         state["lm_head.weight"] = state["wte.weight"]
     tokenizer = load_tokenizer(bundle.file(TOKENIZER_FILE))
     json = read_json(bundle.file(GENERATION_CONFIG_FILE), error=CheckpointError)
-    special = read_special_ids(json, manifest.model.vocab_size) or special_ids(tokenizer)
-    return Checkpoint(manifest.model, state, tokenizer, manifest.lineage, special=special)
+    special = read_special_ids(json, model.vocab_size) or special_ids(tokenizer)
+    return Checkpoint(model, state, tokenizer, manifest.lineage, special=special)
 
 
 def _plain(graph: ir.Graph) -> Iterator[tuple[str, Any]]:

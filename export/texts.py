@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, DataError
 
-from .checkpoint import Checkpoint
 from .data import TRAIN_IDS, VALID_IDS, open_ids, read_pieces
 from .runs import DATA_FOLDER
 
@@ -44,23 +44,28 @@ class TextFiles:
 
 
 def choose_texts(
-    source: Path, checkpoint: Checkpoint, files: TextFiles, *, calibrate: bool
+    source: Path,
+    tokenizer: Tokenizer | None,
+    files: TextFiles,
+    *,
+    calibrate: ModelConfig | None = None,
 ) -> Texts:
-    """The ids for a conversion of the checkpoint at `source`.
+    """The ids for a conversion of the checkpoint at `source`; `calibrate` is the shape of a model
+    that is to be calibrated.
 
     A run folder brings both: what it was trained on and what it has held out. A file to verify on
     gives its first tokens, and its rest for calibration where no other is named. Raises DataError.
     """
-    if checkpoint.tokenizer is None:
+    if tokenizer is None:
         raise CheckpointError(f"tokenizer.json in {source}", found="none", do="add the file")
     trained_on, held_out = (source / DATA_FOLDER / name for name in (TRAIN_IDS, VALID_IDS))
-    wanted = calibration_tokens(checkpoint.config)
+    wanted = _SPREAD * calibration_tokens(calibrate) if calibrate else 0
     own = files.calibration is not None and not _same(files.calibration, files.verify)
     rest = np.zeros(0, np.uint32)
     if files.verify is not None:
         tokens = files.verify_tokens
-        ids = _read(checkpoint, files.verify, tokens + _SPREAD * wanted if calibrate else tokens)
-        shared = calibrate and not own and not trained_on.is_file()
+        ids = _read(tokenizer, files.verify, tokens + wanted)
+        shared = calibrate is not None and not own and not trained_on.is_file()
         verify, rest = _split(ids, tokens, halve=shared)
         name = files.verify.name
     elif held_out.is_file():
@@ -71,15 +76,15 @@ def choose_texts(
             found=f"a checkpoint without it, {source}",
             do="give --verify-text FILE, text of the kind that the model is for",
         )
-    if not calibrate:
+    if calibrate is None:
         return Texts(verify, name, None)
     if own and files.calibration is not None:
-        found = _read(checkpoint, files.calibration, _SPREAD * wanted)
+        found = _read(tokenizer, files.calibration, wanted)
     elif trained_on.is_file():
         found = open_ids(trained_on)
     else:
         found = rest
-    _check_length(found, checkpoint.config)
+    _check_length(found, calibrate)
     return Texts(verify, name, found)
 
 
@@ -89,9 +94,8 @@ def calibration_tokens(config: ModelConfig) -> int:
     return max(1 << 13, min(_MOST_CALIBRATION, int(_CALIBRATION_WORK / size)))
 
 
-def _read(checkpoint: Checkpoint, path: Path, tokens: int) -> Ids:
-    assert checkpoint.tokenizer is not None
-    pieces = (checkpoint.tokenizer.encode(p).ids for p in read_pieces(path))
+def _read(tokenizer: Tokenizer, path: Path, tokens: int) -> Ids:
+    pieces = (tokenizer.encode(p).ids for p in read_pieces(path))
     return np.fromiter(islice(chain.from_iterable(pieces), tokens + 1), np.uint32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from gptrt.errors import DataError
 from gptrt.format import Fidelity, Golden
-from gptrt.session import Session
+from gptrt.generator import Runner
 
 from .data import in_order
-from .model import GPT
 
 Ids = NDArray[np.uint32]
+Reference = Callable[[Tensor], Tensor]  # ids [batch, length] -> logits [batch, length, vocab]
 
 _LOGITS_BYTES = 64 << 20  # of one batch of windows
 _GREEDY_PROMPTS, _GREEDY_PROMPT, _GREEDY_LENGTH = 16, 32, 32
@@ -27,8 +28,8 @@ _CLEAR_LEAD = 0.05
 
 
 def measure(
-    session: Session,
-    model: GPT,
+    session: Runner,
+    model: Reference,
     ids: Ids,
     *,
     text: str,
@@ -42,9 +43,9 @@ def measure(
     """
     if len(ids) < 2:
         raise DataError("text of two tokens or more", found=f"{len(ids)}", do="give a longer text")
-    length = min(window or model.config.n_positions, len(ids) - 1)
+    length = min(window or session.context, len(ids) - 1)
     count = max(1, min(tokens, len(ids) - 1) // length)
-    size = max(1, _LOGITS_BYTES // (4 * length * model.config.vocab_size))
+    size = max(1, _LOGITS_BYTES // (4 * length * session.vocab_size))
     sums = np.zeros(4)
     for windows in in_order(ids[: count * length + 1], length, size):
         sums += _compare(session, model, windows)
@@ -66,7 +67,7 @@ def _exp(nats: float) -> float:
 
 
 @torch.no_grad()
-def _compare(session: Session, model: GPT, windows: NDArray[np.int64]) -> NDArray[np.float64]:
+def _compare(session: Runner, model: Reference, windows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sums over a batch of windows [batch, length + 1]: nll, reference nll, KL, agreements."""
     inputs, targets = windows[:, :-1], torch.from_numpy(windows[:, 1:])
     cache = session.new_cache(inputs.shape[1], batch=len(inputs))
@@ -87,14 +88,14 @@ def _nll(log_probs: Tensor, targets: Tensor) -> float:
 
 
 @torch.no_grad()
-def greedy_agreement(session: Session, model: GPT, ids: Ids) -> float:
+def greedy_agreement(session: Runner, model: Reference, ids: Ids) -> float:
     """How much of a greedy continuation both share before they differ: the mean share over prompts
     from all over the text.
 
     Until they differ both have read the same, so one pass of the model over what the bundle wrote
     says where that is.
     """
-    context = model.config.n_positions
+    context = session.context
     length = min(_GREEDY_PROMPT, context // 2, len(ids))
     new = min(_GREEDY_LENGTH, context - length)
     starts = np.linspace(0, len(ids) - length, _GREEDY_PROMPTS).astype(int)
@@ -105,21 +106,21 @@ def greedy_agreement(session: Session, model: GPT, ids: Ids) -> float:
         step = session.run(step, cache)[:, -1].argmax(-1)[:, None]
         text.append(step)
     found = np.concatenate(text, axis=1)  # [prompts, length + new]
-    hidden = model.hidden(torch.from_numpy(found[:, :-1]))[:, length - 1 :]
-    best = model.lm_head(hidden).argmax(-1).numpy()  # [prompts, new]
+    logits = model(torch.from_numpy(found[:, :-1]))[:, length - 1 :]
+    best = logits.argmax(-1).numpy()  # [prompts, new]
     return float(np.cumprod(best == found[:, length:], axis=1).mean())
 
 
-def golden_prompts(session: Session, ids: Ids, context: int) -> tuple[Golden, ...]:
+def golden_prompts(session: Runner, ids: Ids) -> tuple[Golden, ...]:
     """Greedy continuations of a few places of the text, each cut where the lead gets thin."""
-    length = min(_GOLDEN_PROMPT, context // 2, len(ids))
+    length = min(_GOLDEN_PROMPT, session.context // 2, len(ids))
     starts = [i * (len(ids) - length) // _GOLDEN_COUNT for i in range(_GOLDEN_COUNT)]
     prompts = {tuple(int(i) for i in ids[start : start + length]) for start in starts}
-    return tuple(Golden(p, _clear_greedy(session, p, context)) for p in sorted(prompts))
+    return tuple(Golden(p, _clear_greedy(session, p)) for p in sorted(prompts))
 
 
-def _clear_greedy(session: Session, prompt: tuple[int, ...], context: int) -> tuple[int, ...]:
-    cache = session.new_cache(min(context, len(prompt) + _GOLDEN_LENGTH))
+def _clear_greedy(session: Runner, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    cache = session.new_cache(min(session.context, len(prompt) + _GOLDEN_LENGTH))
     step, ids = np.array([prompt], np.int64), []
     while cache.length + step.shape[1] <= cache.capacity:
         logits = session.run(step, cache)[0, -1]

@@ -104,3 +104,14 @@ class ModelConfig:
         if scaling and scaling.rope_type == "longrope" and len(scaling.short_factor) != pairs:
             found.append(f"rope_scaling has {len(scaling.short_factor)} factors, wanted {pairs}")
         return found
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A decoder whose graph another library built: `architecture` is its `model_type`, `made_with`
+    that library and its version."""
+
+    architecture: str
+    made_with: str
+    vocab_size: int = bounded(1, MAX_COUNT)
+    n_positions: int = bounded(1, MAX_COUNT)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gptrt.architecture import ModelConfig
 from gptrt.engine import Device
 from gptrt.errors import OptionError
+from gptrt.foreign import ForeignSession
 from gptrt.format import open_bundle
-from gptrt.generator import Generator, embedded_bundle
+from gptrt.generator import Generator, embedded_bundle, open_session
 from gptrt.session import Session
 from gptrt.tokenizer import Tokenizer
 
@@ -47,11 +47,14 @@ def bench(
     """
     began = time.perf_counter()
     bundle = open_bundle(embedded_bundle() if path is None else path)
-    session, tokenizer = Session(bundle, device=device, threads=threads), Tokenizer.open(bundle)
+    session, tokenizer = (
+        open_session(bundle, device=device, threads=threads),
+        Tokenizer.open(bundle),
+    )
     generator = Generator.from_parts(session, tokenizer.endless())
     load = time.perf_counter() - began
 
-    prompt, new = _sizes(bundle.manifest.model, prompt_tokens, new_tokens)
+    prompt, new = _sizes(session.context, prompt_tokens, new_tokens)
     measured = [_round(generator, session, prompt, new) for _ in range(1 + rounds)][1:]
     first = _median(measured, lambda r: r.first)
     return {
@@ -65,7 +68,9 @@ def bench(
     }
 
 
-def _round(generator: Generator, session: Session, prompt: int, new: int) -> _Round:
+def _round(
+    generator: Generator, session: Session | ForeignSession, prompt: int, new: int
+) -> _Round:
     """One generation of ids that no text is needed for: the same ones every time."""
     vocab_size = session.vocab_size
     ids = [(i * 7919) % vocab_size for i in range(prompt)]
@@ -77,9 +82,8 @@ def _round(generator: Generator, session: Session, prompt: int, new: int) -> _Ro
     return _Round(ends[1] - ends[0], ends[-1] - ends[1], loop)
 
 
-def _sizes(model: ModelConfig, prompt: int | None, new: int | None) -> tuple[int, int]:
+def _sizes(context: int, prompt: int | None, new: int | None) -> tuple[int, int]:
     """64 prompt and 128 new tokens, or what the context has room for."""
-    context = model.n_positions
     prompt = min(64, context // 2) if prompt is None else prompt
     new = max(2, min(128, context - prompt)) if new is None else new
     if prompt < 1 or new < 2 or prompt + new > context:

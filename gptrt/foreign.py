@@ -26,12 +26,14 @@ from gptrt.format import (
     CONFIG_FILE,
     GENAI_CONFIG_FILE,
     GENERATION_CONFIG_FILE,
+    GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
     MANIFEST_FILE,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     TOKENIZER_FILE,
+    Bundle,
 )
 from gptrt.schema import read_json
 from gptrt.session import Ids, Logits, check_capacity, check_ids
@@ -109,6 +111,13 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
     if any(type(token) is not int or token < 0 for token in eos):
         raise BundleError(f"ids as eos_token_id in {folder}", found=repr(eos), do="correct them")
     return ForeignFolder(folder, graph, context, tuple(eos), config)
+
+
+def folder_of(bundle: Bundle) -> ForeignFolder:
+    """The same for a bundle, whose files are checked: its graph is another library's."""
+    config = _read(bundle.file(CONFIG_FILE))
+    context = bundle.manifest.model.n_positions
+    return ForeignFolder(bundle.path, bundle.file(GRAPH_FILE), context, (), config)
 
 
 def warn_of(folder: ForeignFolder) -> None:

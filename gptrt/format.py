@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gptrt.architecture import MAX_COUNT, ModelConfig
+from gptrt.architecture import MAX_COUNT, ForeignModel, ModelConfig
 from gptrt.errors import BundleError
 from gptrt.schema import bounded, decode, read_json
 
@@ -64,7 +64,7 @@ class CacheLayout:
     """The KV cache: per layer a key and a value buffer [batch, kv_heads, length, head_dim].
 
     `max_length` bounds `length`; a runtime may allocate less. The scales of an int8 cache are in
-    the graph.
+    the graph. In a foreign graph the cache grows from run to run, and may differ between layers.
     """
 
     layers: int = bounded(1, 1024)
@@ -138,7 +138,7 @@ class Manifest:
 
     format_version: int
     name: str
-    model: ModelConfig
+    model: ModelConfig | ForeignModel
     cache: CacheLayout
     quantization: Quantization
     fidelity: Fidelity | None
@@ -160,7 +160,9 @@ class Manifest:
             if len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef"):
                 found.append(f"files[{name!r}].sha256 is not 64 hexadecimal digits")
         model, cache = self.model, self.cache
-        wanted = (model.n_layer, model.n_kv_head, model.head_dim, model.n_positions)
+        wanted = (cache.layers, cache.kv_heads, cache.head_dim, model.n_positions)
+        if isinstance(model, ModelConfig):
+            wanted = (model.n_layer, model.n_kv_head, model.head_dim, model.n_positions)
         if wanted != (cache.layers, cache.kv_heads, cache.head_dim, cache.max_length):
             found.append("cache does not match model")
         ids = [i for golden in self.golden for i in (*golden.prompt_ids, *golden.ids)]

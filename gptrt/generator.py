@@ -11,19 +11,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gptrt.architecture import ForeignModel
 from gptrt.cache import KVCache
 from gptrt.config import GenerationConfig
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
-from gptrt.format import MANIFEST_FILE, check_weights, open_structure
+from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
 from gptrt.sampling import Sampler
 from gptrt.session import Ids, Logits, Session
 from gptrt.tokenizer import StopStrings, Tokenizer
+
+if TYPE_CHECKING:
+    from gptrt.foreign import ForeignSession
 
 FinishReason = Literal["stop", "length", "time"]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
@@ -105,7 +109,7 @@ class Generator:
         with ThreadPoolExecutor(2) as beside:
             hashing = beside.submit(check_weights, bundle)
             import_onnxruntime()
-            opening = beside.submit(Session, bundle, device=device, threads=threads)
+            opening = beside.submit(open_session, bundle, device=device, threads=threads)
             tokenizer = Tokenizer.open(bundle)
             hashing.result()
             self._set_up(opening.result(), tokenizer)
@@ -229,6 +233,18 @@ class Generator:
             raise PromptError(
                 "text or a flat sequence of ids", found=str(e), do="convert it first"
             ) from e
+
+
+def open_session(
+    bundle: Bundle, *, device: Device = "auto", threads: int | None = None
+) -> Session | ForeignSession:
+    """The session that runs a bundle: ours, or where another library built the graph, one for any
+    decoder. Raises what `Session` does."""
+    if isinstance(bundle.manifest.model, ForeignModel):
+        from gptrt import foreign
+
+        return foreign.ForeignSession(foreign.folder_of(bundle), device=device, threads=threads)
+    return Session(bundle, device=device, threads=threads)
 
 
 def _passes(prompt: list[int]) -> Iterator[list[list[int]]]:

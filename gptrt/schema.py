@@ -59,9 +59,10 @@ def _decode(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
         if value not in args or isinstance(value, bool):
             return _fault(faults, where, " or ".join(map(repr, args)), value)
         return value
-    if origin in (typing.Union, types.UnionType):  # only `X | None` is used
-        inner = next(a for a in args if a is not type(None))
-        return None if value is None else _decode(inner, value, where, faults)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _decode(_member(args, value), value, where, faults)
     if origin is tuple:
         if not isinstance(value, list):
             return _fault(faults, where, "a list", value)
@@ -75,6 +76,17 @@ def _decode(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         return _fault(faults, where, kind.__name__, value)
     return value
+
+
+def _member(members: tuple[Any, ...], value: Any) -> Any:
+    """Of a union `X | None` the one that is not None; of dataclasses the first that has all the
+    keys, or the first."""
+    kinds = [kind for kind in members if kind is not type(None)]
+    keys = set(value) if isinstance(value, dict) else set()
+    for kind in kinds if len(kinds) > 1 else ():
+        if keys <= {f.name for f in dataclasses.fields(kind)}:
+            return kind
+    return kinds[0]
 
 
 def _decode_dataclass(kind: Any, value: Any, where: str, faults: list[str]) -> Any:

@@ -159,7 +159,9 @@ def test_calibration_and_verification_never_share_text(
         TextFiles(text_file, text_file, 1000),
         TextFiles(text_file, None, 10**6),
     ):
-        texts = choose_texts(Path("nowhere"), checkpoint, files, calibrate=True)
+        texts = choose_texts(
+            Path("nowhere"), checkpoint.tokenizer, files, calibrate=checkpoint.config
+        )
         assert texts.calibration is not None
         both = [*texts.verify, *texts.calibration]
         assert both == whole[: len(both)]

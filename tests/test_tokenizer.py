@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptrt.errors import BundleError, PromptError
-from gptrt.format import Bundle
 from gptrt.tokenizer import StopStrings, Tokenizer
 from tests.fakes import (
     EOS,
@@ -80,7 +79,7 @@ def test_half_a_surrogate_pair_is_refused() -> None:
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Tokenizer.open(Bundle(tmp_path, manifest=None))
+        Tokenizer.read(tmp_path / "tokenizer.json", ())
 
 
 # --- stop strings -------------------------------------------------------------------------------

@@ -53,5 +53,8 @@ def family_named(model_type: str) -> Family:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
     raise CheckpointError(
-        f"a model_type of {known}", found=repr(model_type), do="convert it to one of these first"
+        f"a model_type of {known}",
+        found=repr(model_type),
+        do="for a bundle another library may build it: gptrt-export convert --via mobius (pip "
+        "install 'gptrt[mobius]') or --via optimum (pip install 'gptrt[optimum]')",
     )
