@@ -230,7 +230,7 @@ import onnxruntime, tokenizers
 from gptrt.errors import GptrtError
 from gptrt.generator import Generator
 def parser(name, parse):
-    return lambda *given, **options: (print("parsed by", name), parse(*given, **options))[1]
+    return lambda *given, **options: (sys.stdout.write(f"parsed by {name}\\n"), parse(*given, **options))[1]
 from_file = parser("tokenizers", tokenizers.Tokenizer.from_file)
 tokenizers.Tokenizer = SimpleNamespace(from_file=from_file)
 onnxruntime.InferenceSession = parser("onnxruntime", onnxruntime.InferenceSession)

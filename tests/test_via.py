@@ -54,9 +54,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 128,
     },
     "falcon-new": {
-        **{"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "max_position_embeddings": 128},
-        **{"new_decoder_architecture": True, "num_kv_heads": 2},
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
     },
     "gpt_neo": {
         "vocab_size": 300,
