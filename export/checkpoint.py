@@ -24,13 +24,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptrt.architecture import ModelConfig
+from gptrt.chat import ChatTemplate
 from gptrt.errors import CheckpointError, TargetError
 from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
 from gptrt.schema import read_json
 
 from .families import family_for, family_named
 from .gguf_file import GgufFile, gguf_file
-from .gguf_vocabulary import read_vocabulary
+from .gguf_vocabulary import read_chat_template, read_vocabulary
 from .model import GPT
 from .pickled import pickled_file, read_pickled
 from .tokenization import SpecialIds, load_tokenizer, read_special_ids, save_tokenizer, special_ids
@@ -57,6 +58,7 @@ class Checkpoint:
     lineage: dict[str, str]
     rounding: TrainedRounding | None = None
     special: SpecialIds = field(default_factory=SpecialIds)
+    chat_template: ChatTemplate | None = None
 
     def model(self, dropout: float = 0.0) -> GPT:
         """The model to train further."""
@@ -130,6 +132,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
         _read_rounding(folder, state),
         _special_ids(folder, config, tokenizer),
+        ChatTemplate.read(folder),
     )
 
 
@@ -145,7 +148,9 @@ def _load_gguf(file: Path) -> Checkpoint:
     tokenizer, special = read_vocabulary(found.values, str(file))
     if (own := file.parent / TOKENIZER_FILE).exists():
         tokenizer = load_tokenizer(own)
-    return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
+    template = read_chat_template(found.values)
+    lineage = {"source": file.name}
+    return Checkpoint(config, state, tokenizer, lineage, None, special, template)
 
 
 def _load_pickled(file: Path) -> Checkpoint:
@@ -239,7 +244,10 @@ def save_checkpoint(
         write_json(temporary / LINEAGE_FILE, checkpoint.lineage)
         if checkpoint.tokenizer is not None:
             length = checkpoint.config.n_positions
-            save_tokenizer(checkpoint.tokenizer, temporary, length, checkpoint.special)
+            save_tokenizer(
+                *(checkpoint.tokenizer, temporary, length),
+                *(checkpoint.special, checkpoint.chat_template),
+            )
         if checkpoint.rounding is not None:
             save_tensors(checkpoint.rounding.tensors(), temporary / ROUNDING_FILE)
             write_json(temporary / FORMATS_FILE, checkpoint.rounding.formats_json())

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
+from gptrt.chat import ChatTemplate
 from gptrt.format import (
     ATTENTION_MASK,
     CONFIG_FILE,
@@ -25,13 +26,17 @@ from .tokenization import SpecialIds, save_tokenizer
 
 
 def write_companions(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, special: SpecialIds
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    special: SpecialIds,
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """The configurations of model, generation, tokenizer and onnxruntime-genai."""
     write_json(folder / CONFIG_FILE, family_for(config).to_json(config) | special.json())
     write_json(folder / GENERATION_CONFIG_FILE, special.json())
     write_json(folder / GENAI_CONFIG_FILE, genai_config(config, special))
-    save_tokenizer(tokenizer, folder, config.n_positions, special)
+    save_tokenizer(tokenizer, folder, config.n_positions, special, chat_template)
 
 
 def genai_config(config: ModelConfig, special: SpecialIds) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tokenizers import (
     processors,
 )
 
+from gptrt.chat import ChatTemplate
 from gptrt.errors import CheckpointError
 
 from .tokenization import SpecialIds
@@ -74,6 +75,14 @@ def read_vocabulary(values: Mapping[str, Any], source: str) -> tuple[Tokenizer, 
         )
     _add_special(tokenizer, tokens, _value(values, "token_type", []))
     return tokenizer, SpecialIds(bos, tuple(dict.fromkeys(i for i in ends if i is not None)))
+
+
+def read_chat_template(values: Mapping[str, Any]) -> ChatTemplate | None:
+    """What a file's metadata say of conversations, if anything."""
+    source, tokens = values.get("tokenizer.chat_template"), _value(values, "tokens", [])
+    ends = (_id(values, key, tokens) for key in ("bos", "eos"))
+    texts = ("" if i is None else tokens[i] for i in ends)
+    return ChatTemplate(source, *texts) if isinstance(source, str) else None
 
 
 _OTHERWISE = "put the tokenizer.json of the original model beside it"

@@ -101,7 +101,10 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     if stored.options:
         plot_sensitivity(stored.options, stored.quantization.matrices, folder / _PICTURE_FILE)
     assert checkpoint.tokenizer is not None
-    write_companions(folder, checkpoint.config, checkpoint.tokenizer, checkpoint.special)
+    write_companions(
+        *(folder, checkpoint.config, checkpoint.tokenizer),
+        *(checkpoint.special, checkpoint.chat_template),
+    )
     cache = options.cache_layout(checkpoint.config)
     lineage, config = checkpoint.lineage, checkpoint.config
     return _Draft(config, cache, stored.quantization, lineage, texts, reference)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from gptrt.architecture import ForeignModel
+from gptrt.chat import ChatTemplate
 from gptrt.errors import CheckpointError
 from gptrt.format import (
     GENERATION_CONFIG_FILE,
@@ -71,7 +72,8 @@ def load_bundle(path: Path) -> Checkpoint:
     tokenizer = load_tokenizer(bundle.file(TOKENIZER_FILE))
     json = read_json(bundle.file(GENERATION_CONFIG_FILE), error=CheckpointError)
     special = read_special_ids(json, model.vocab_size) or special_ids(tokenizer)
-    return Checkpoint(model, state, tokenizer, manifest.lineage, special=special)
+    template = ChatTemplate.read(bundle.path)
+    return Checkpoint(model, state, tokenizer, manifest.lineage, None, special, template)
 
 
 def _plain(graph: ir.Graph) -> Iterator[tuple[str, Any]]:

@@ -44,7 +44,7 @@ from .model import GPT
 from .optimizer import OptimizerConfig
 from .progress import Progress, silent
 from .quantize import Recipe, quantize_model
-from .tokenization import SpecialIds, TokenizerConfig, special_ids, train_tokenizer
+from .tokenization import TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
@@ -131,17 +131,15 @@ class Run:
 
     def save(
         self,
-        weights: dict[str, torch.Tensor],
+        checkpoint: Checkpoint,
         moments: dict[str, torch.Tensor],
-        tokenizer: Tokenizer,
-        special: SpecialIds,
         state: State,
         *,
         best: bool,
         valid_loss: float | None = None,
-        rounding: TrainedRounding | None = None,
     ) -> None:
-        """Add a checkpoint, point at it, and only then remove those that nothing points at."""
+        """Add a checkpoint, its lineage that of the run, point at it, and only then remove those
+        that nothing points at."""
         name = f"step-{state.step:08d}"
         lineage = self.config.lineage | {
             "steps": str(state.step),
@@ -150,8 +148,7 @@ class Run:
         }
         if valid_loss is not None:
             lineage["validation_perplexity"] = f"{math.exp(valid_loss):.2f}"
-        model = self.config.model
-        checkpoint = Checkpoint(model, weights, tokenizer, lineage, rounding, special)
+        checkpoint = replace(checkpoint, lineage=lineage)
         extra: dict[str, Any] = {STATE_FILE: asdict(state)}
         if moments:
             extra[OPTIMIZER_FILE] = moments
@@ -247,7 +244,9 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     if plan.recipe is not None:
         rounding = _start_rounding(run, weights, plan.recipe, progress)
         weights = rounding.in_state(weights)
-    run.save(weights, {}, tokenizer, special, State(), best=True, rounding=rounding)
+    template = base.chat_template if base else None
+    first = Checkpoint(model, weights, tokenizer, {}, rounding, special, template)
+    run.save(first, {}, State(), best=True)
 
 
 def _start_rounding(

@@ -19,6 +19,7 @@ from tokenizers import (
     trainers,
 )
 
+from gptrt.chat import ChatTemplate
 from gptrt.errors import CheckpointError, DataError
 from gptrt.format import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
@@ -134,7 +135,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path, max_length: int, special: SpecialIds
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_length: int,
+    special: SpecialIds,
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """`tokenizer.json`, and what transformers and onnxruntime-genai want to know beside it."""
     bos, eos = (None if i is None else tokenizer.id_to_token(i) for i in (special.bos, special.end))
@@ -145,6 +150,12 @@ def save_tokenizer(
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
+    if chat_template is not None:
+        own = {
+            "bos_token": chat_template.bos_token or bos,
+            "eos_token": chat_template.eos_token or eos,
+        }
+        config |= own | {"chat_template": chat_template.source}
     (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
     (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 

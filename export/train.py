@@ -105,11 +105,11 @@ class Trainer:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config.train
-        checkpoint, moments, self.state = run.last()
-        self.tokenizer, self.special = checkpoint.tokenizer, checkpoint.special
+        last, moments, self.state = run.last()
+        self.beside = replace(last, state={}, rounding=None)  # what comes with the weights
         self.device = torch.device(run.config.device)
-        self.model: GPT = checkpoint.model(self.config.dropout).to(self.device)
-        self.rounding = checkpoint.rounding.to(self.device) if checkpoint.rounding else None
+        self.model: GPT = last.model(self.config.dropout).to(self.device)
+        self.rounding = last.rounding.to(self.device) if last.rounding else None
         self.teacher = _teacher(run).to(self.device) if self.config.distill else None
         self.learning = learning_parameters(self.model, self.rounding)
         self.optimizer = Optimizer(self.learning, self.config.optimizer)
@@ -194,20 +194,12 @@ class Trainer:
 
     def save(self, valid_loss: float, *, best: bool) -> None:
         """A checkpoint of everything, named the best of the run if it is."""
-        assert self.tokenizer is not None
-        weights, moments = self.model.state_dict(), self.optimizer.state()
+        weights = self.model.state_dict()
         if self.rounding is not None:
             weights = self.rounding.in_state(weights)
-        self.run.save(
-            weights,
-            moments,
-            self.tokenizer,
-            self.special,
-            self.state,
-            best=best,
-            valid_loss=valid_loss,
-            rounding=self.rounding,
-        )
+        checkpoint = replace(self.beside, state=weights, rounding=self.rounding)
+        moments = self.optimizer.state()
+        self.run.save(checkpoint, moments, self.state, best=best, valid_loss=valid_loss)
 
     def _loss(self, ids: Tensor, distill: float = 0.0) -> Tensor:
         ids = ids.to(self.device, non_blocking=True)  # [batch, seq + 1]

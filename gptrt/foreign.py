@@ -159,9 +159,10 @@ class _NoTokenizer(Tokenizer):
 
     def __init__(self, folder: Path, eos_token_ids: Sequence[int]) -> None:
         self._folder, self.eos_token_ids = folder, tuple(eos_token_ids)
+        self.chat_template = None
 
-    def encode(self, text: str) -> list[int]:
-        del text
+    def encode(self, text: str, *, whole: bool = True) -> list[int]:
+        del text, whole
         raise self._missing()
 
     def decode(self, ids: Sequence[int]) -> str:

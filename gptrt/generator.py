@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gptrt.architecture import ForeignModel
 from gptrt.cache import KVCache
+from gptrt.chat import Message
 from gptrt.config import GenerationConfig
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
@@ -175,6 +176,32 @@ class Generator:
                 "options that ids can honour", found="stop_strings", do="use stream or generate"
             )
         return self._tokens(call)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> str:
+        """The answer to a conversation: `generate` on `chat_prompt`."""
+        return self.generate(self.chat_prompt(messages), config=config, **options)
+
+    def chat_prompt(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The ids of `[{"role": "user", "content": "..."}, ...]`, written as the model was taught,
+        up to where its answer begins; a prompt for `stream` and the others.
+
+        `variables` go to the chat template. Raises PromptError if there is none, or if it refuses
+        the messages; DependencyError without jinja2.
+        """
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise PromptError(
+                "a model with a chat template in its tokenizer_config.json",
+                found="none",
+                do="write the conversation as the model was trained to read it, and use generate",
+            )
+        return self.tokenizer.encode(template.render(messages, **variables), whole=False)
 
     def _pieces(self, call: _Call) -> abc.Generator[str, None, None]:
         decoder, stops = self.tokenizer.stream_decoder(), StopStrings(call.config.stop_strings)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gptrt.chat import ChatTemplate
 from gptrt.errors import BundleError, PromptError
 from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, Bundle
 from gptrt.schema import read_json
@@ -36,11 +37,17 @@ class Tokenizer:
     that a byte-level token stands for.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        eos_token_ids: Iterable[int] = (),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
         self.eos_token_ids = tuple(eos_token_ids)
+        self.chat_template = chat_template
         added = inner.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
         self.token_bytes = cache(self._spelled)  # a stream asks for the same few again and again
@@ -61,7 +68,7 @@ class Tokenizer:
             raise BundleError(
                 f"a tokenizer in {path}", found=str(e), do="export the bundle again"
             ) from e
-        return cls(inner, eos_token_ids)
+        return cls(inner, eos_token_ids, ChatTemplate.read(path.parent))
 
     def endless(self) -> Tokenizer:
         """The same, with no id that ends a text: for measuring and for comparing ids."""
@@ -73,10 +80,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._inner.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text. Raises PromptError if a character has none."""
+    def encode(self, text: str, *, whole: bool = True) -> list[int]:
+        """The ids of a text. Raises PromptError if a character has none.
+
+        A `whole` text gets what its tokenizer puts around texts; what is written already, or is
+        only a part, must not.
+        """
         try:
-            return self._inner.encode(text).ids
+            return self._inner.encode(text, add_special_tokens=whole).ids
         except Exception as e:  # likewise
             raise PromptError(
                 "text that this tokenizer knows", found=str(e), do="leave such characters out"

@@ -230,7 +230,10 @@ import onnxruntime, tokenizers
 from gptrt.errors import GptrtError
 from gptrt.generator import Generator
 def parser(name, parse):
-    return lambda *given, **options: (sys.stdout.write(f"parsed by {name}\\n"), parse(*given, **options))[1]
+    def say_and_parse(*given, **options):
+        sys.stdout.write(f"parsed by {name}\\n")  # whole: two threads write
+        return parse(*given, **options)
+    return say_and_parse
 from_file = parser("tokenizers", tokenizers.Tokenizer.from_file)
 tokenizers.Tokenizer = SimpleNamespace(from_file=from_file)
 onnxruntime.InferenceSession = parser("onnxruntime", onnxruntime.InferenceSession)
