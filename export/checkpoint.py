@@ -66,6 +66,15 @@ class Checkpoint:
         model.load_state_dict(self.state)
         return model
 
+    def frozen(self) -> GPT:
+        """The model to compute with: its parameters are the checkpoint's own tensors, no copies."""
+        with torch.device("meta"):
+            model = GPT(self.config)
+        model.load_state_dict(self.state, assign=True)
+        if self.config.tied:
+            model.lm_head.weight = model.wte.weight
+        return model.eval().requires_grad_(False)
+
     def alone(self) -> Checkpoint:
         """What the checkpoint computes, and nothing of how it came to be rounded."""
         return replace(self, rounding=None)

@@ -89,7 +89,7 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     )
     reference = _reference(source, checkpoint, options)
     checkpoint = with_padded_heads(checkpoint)
-    model = checkpoint.alone().model().eval()
+    model = checkpoint.alone().frozen()
     stored = store(checkpoint, model, texts, options, step)
     step("tracing the graph")
     graph = build_graph(copy.deepcopy(model).half() if options.mode == "fp16" else model)
@@ -139,7 +139,7 @@ def _reference(source: Path, checkpoint: Checkpoint, options: ConvertOptions) ->
         against = source / TEACHER_FOLDER
     other = checkpoint if against is None else load_checkpoint(against)
     _check_same_shape(other, checkpoint.config)
-    return other.alone().model().eval()
+    return other.alone().frozen()
 
 
 def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig | ForeignModel) -> None:
@@ -161,7 +161,7 @@ def verify(
     texts = choose_texts(against, checkpoint.tokenizer, TextFiles(text))
     step("verifying against PyTorch")
     session = open_session(bundle, device="cpu")
-    model = checkpoint.alone().model().eval()
+    model = checkpoint.alone().frozen()
     ids = texts.verify
     return bundle.manifest, measure(session, model, ids, text=texts.name, tokens=DEFAULT_TOKENS)
 

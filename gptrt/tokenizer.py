@@ -142,14 +142,16 @@ class _Window:
         self._decode = tokenizer.decode
         self._before: list[int] = []
         self._new: list[int] = []
+        self._whole = 0  # of the new ones, those before a character that is not whole
 
     def push(self, token: int) -> str:
         self._new.append(token)
         text = self._added()
-        if text.endswith(_REPLACEMENT) and len(self._new) < self._LONGEST:
+        if text.endswith(_REPLACEMENT) and len(self._new) - self._whole < self._LONGEST:
             return ""
+        self._whole = len(self._new)
         if text:
-            self._before, self._new = self._new, []
+            self._before, self._new, self._whole = self._new, [], 0
         return text
 
     def flush(self) -> str:

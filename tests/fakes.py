@@ -87,6 +87,18 @@ def byte_fallback_tokenizer() -> Tokenizer:
     return Tokenizer(inner)
 
 
+def unigram_tokenizer() -> Tokenizer:
+    """As SentencePiece's Unigram models are kept: pieces with scores, bytes for the rest, a mark
+    for each space and one before the text."""
+    pieces = [("<unk>", 0.0), *((f"<0x{b:02X}>", -20.0) for b in range(256))]
+    pieces += [(c, -5.0) for c in "▁abcdefgh"] + [("▁ab", -6.0), ("ba", -7.0)]
+    inner = tokenizers.Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.ByteFallback(), decoders.Metaspace()]
+    inner.decoder = decoders.Sequence(steps)
+    return Tokenizer(inner)
+
+
 def _inner_byte_tokenizer() -> tokenizers.Tokenizer:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (b for b in range(256) if b not in printable)

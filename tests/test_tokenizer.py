@@ -16,6 +16,7 @@ from tests.fakes import (
     byte_fallback_tokenizer,
     byte_tokenizer,
     character_tokenizer,
+    unigram_tokenizer,
 )
 
 ALPHABET = "abé世👍 \n"
@@ -36,6 +37,14 @@ def test_text_comes_back_as_it_was(text: str) -> None:
 def test_streamed_bytes_join_to_the_decoded_whole_even_if_they_are_no_text(ids: list[int]) -> None:
     tokenizer = byte_tokenizer()
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@given(st.text("ab e\u4e16\U0001f44d\n", max_size=12))
+def test_unigram_pieces_stream_as_they_are_decoded(text: str) -> None:
+    tokenizer = unigram_tokenizer()
+    ids = tokenizer.encode(text)
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+    assert tokenizer.decode(ids).strip(" ") == text.strip(" ")
 
 
 @given(st.text(ALPHABET))
