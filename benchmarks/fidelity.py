@@ -29,6 +29,9 @@ RECIPES: dict[str, list[str]] = {
     "int4, asymmetric": ["--asymmetric"],
     "mixed, 4.4 bits": ["--bits-per-weight", "4.4"],
     "mixed, 5 bits": ["--bits-per-weight", "5"],
+    "int4, learned, block 128, head int4": [
+        *("--method", "learned", "--block-size", "128", "--head-bits", "4"),
+    ],
     "int4, nearest": ["--method", "nearest"],
     "int4, k-quant": ["--method", "k-quant"],
     "int4, hqq": ["--method", "hqq"],

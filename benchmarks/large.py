@@ -18,18 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .models import numbered_tokenizer
-
-SHAPE = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_layer": 48,
-    "n_head": 25,
-    "n_kv_head": 25,
-    "n_embd": 1600,
-    "head_dim": 64,
-    "n_inner": 6400,
-}
+_PRESET = "gpt2-1.5b"
 _PROMPT, _NEW, _VERIFY_TOKENS, _WINDOW = 64, 32, 256, 64
 
 _CONVERT = """
@@ -74,10 +63,10 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", default=["none", "int8"])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    source, text = args.work / "checkpoint", args.work / "text.txt"
+    source, text = args.work / _PRESET / "checkpoint", args.work / "text.txt"
     text.write_text("".join(chr(97 + i * i % 26) for i in range(4 * _VERIFY_TOKENS)))
     if not source.is_dir():
-        subprocess.run(_python("-c", _MAKE, source), check=True)
+        subprocess.run(_python("-c", _MAKE, args.work, _PRESET), check=True)
     print(
         f"GPT-2 1.5B, random weights; {date.today()}; torch {version('torch')}, onnxruntime "
         f"{version('onnxruntime')}\n\n| | conversion s | its peak GB | ratio | weights GB | load s "
@@ -100,24 +89,9 @@ def main() -> None:
 _MAKE = """
 import sys
 from pathlib import Path
-from benchmarks.large import make_checkpoint
-make_checkpoint(Path(sys.argv[1]))
+from benchmarks.models import random_checkpoint
+random_checkpoint(sys.argv[2], Path(sys.argv[1]))
 """
-
-
-def make_checkpoint(path: Path) -> None:
-    """In a process of its own: its memory is gone when conversion begins."""
-    from gptrt_export.checkpoint import Checkpoint, save_checkpoint
-    from gptrt_export.model import GPT
-    from gptrt_export.tokenization import special_ids
-
-    from gptrt.architecture import ModelConfig
-
-    config = ModelConfig(**SHAPE)
-    tokenizer = numbered_tokenizer(config.vocab_size)
-    state, special = GPT(config).state_dict(), special_ids(tokenizer)
-    made = Checkpoint(config, state, tokenizer, {"source": "random"}, special=special)
-    save_checkpoint(made, path)
 
 
 def _python(*arguments: object) -> list[str]:

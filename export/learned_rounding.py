@@ -25,7 +25,8 @@ from .progress import Progress
 from .trained_rounding import TrainedRounding, hidden_and_head
 
 _WARM_UP = 10
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
+MORE_TEXT = 4  # times as much as error correction needs: each weight learns for itself
 _REACH = 1.0  # steps of the grid that a weight may go from where it began
 _CORRECTION = 0.1  # of the time, about
 
@@ -35,7 +36,7 @@ def learn_rounding(
     formats: Mapping[str, BlockFormat],
     windows: Ids,
     progress: Progress,
-    steps: int = 300,
+    steps: int = 600,
 ) -> dict[str, BlockMatrix]:
     """Round every matrix in `formats` for `windows` of calibration text [count, length]: first as
     error correction does, then by steps from there. The same input gives the same matrices."""
@@ -43,7 +44,7 @@ def learn_rounding(
     def correcting(share: float, text: str) -> None:
         progress(_CORRECTION * share, text)
 
-    corrected = correct_errors(model, formats, windows, correcting)
+    corrected = correct_errors(model, formats, windows[::MORE_TEXT], correcting)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     rounding = TrainedRounding.start(corrected, frozen.state_dict())
     home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}

@@ -11,6 +11,7 @@ from gptrt.format import Quantization
 from .calibration import Ids
 from .checkpoint import Checkpoint
 from .data import spread_windows
+from .learned_rounding import MORE_TEXT
 from .model import GPT
 from .options import ConvertOptions
 from .progress import ProgressBar
@@ -71,6 +72,8 @@ def store(
     if texts.calibration is not None:
         length = options.window or min(config.n_positions, _LONGEST_WINDOW)
         tokens = calibration_tokens(config)
+        if recipe.chosen_method == "learned":
+            tokens *= MORE_TEXT
         windows = spread_windows(texts.calibration, length, tokens)
     with ProgressBar("rounding", quiet=step is silent_step) as bar:
         if options.mixed:

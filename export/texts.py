@@ -89,7 +89,7 @@ def choose_texts(
 
 
 def calibration_tokens(config: ModelConfig) -> int:
-    """Tokens to calibrate on: many for a small model, fewer where each takes long."""
+    """Tokens to correct errors on: many for a small model, fewer where each takes long."""
     size = config.n_layer * config.n_embd * (4 * config.n_embd + 2 * config.n_inner)
     return max(1 << 13, min(_MOST_CALIBRATION, int(_CALIBRATION_WORK / size)))
 
