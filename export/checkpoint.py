@@ -34,7 +34,14 @@ from .gguf_file import GgufFile, gguf_file
 from .gguf_vocabulary import read_chat_template, read_vocabulary
 from .model import GPT
 from .pickled import pickled_file, read_pickled
-from .tokenization import SpecialIds, load_tokenizer, read_special_ids, save_tokenizer, special_ids
+from .tokenization import (
+    SpecialIds,
+    ids_without_rows,
+    load_tokenizer,
+    read_special_ids,
+    save_tokenizer,
+    special_ids,
+)
 from .trained_rounding import TrainedRounding
 
 WEIGHTS_FILE = "model.safetensors"
@@ -131,9 +138,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from e
     state = family.from_tensors(config, dict(_read_tensors(folder)))
     state = {name: tensor.float().contiguous() for name, tensor in state.items()}
-    _check_shapes(config, state, folder)
     lineage, vocabulary = folder / LINEAGE_FILE, folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
+    _check_parts(config, state, tokenizer, folder)
     return Checkpoint(
         config,
         state,
@@ -153,10 +160,10 @@ def _load_gguf(file: Path) -> Checkpoint:
     found = GgufFile.open(file)
     config, tensors = found.model()
     state = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _check_shapes(config, state, file)
     tokenizer, special = read_vocabulary(found.values, str(file))
     if (own := file.parent / TOKENIZER_FILE).exists():
         tokenizer = load_tokenizer(own)
+    _check_parts(config, state, tokenizer, file)
     template = read_chat_template(found.values)
     lineage = {"source": file.name}
     return Checkpoint(config, state, tokenizer, lineage, None, special, template)
@@ -167,9 +174,9 @@ def _load_pickled(file: Path) -> Checkpoint:
     state = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     if config.tied:
         state["lm_head.weight"] = state["wte.weight"]
-    _check_shapes(config, state, file)
     vocabulary = file.parent / TOKENIZER_FILE
     tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
+    _check_parts(config, state, tokenizer, file)
     special = special_ids(tokenizer) if tokenizer else SpecialIds()
     return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
 
@@ -221,8 +228,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_shapes(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """Every fault at once: what is missing, what is left over, what has another shape."""
+def _check_parts(
+    config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer | None, folder: Path
+) -> None:
+    """Every fault at once: what is missing, what is left over, what has another shape, and tokens
+    that no row of the matrix is for."""
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     faults = [f"{name} is missing" for name in wanted.keys() - state.keys()]
@@ -232,11 +242,12 @@ def _check_shapes(config: ModelConfig, state: dict[str, Tensor], folder: Path) -
         for name in wanted.keys() & state.keys()
         if state[name].shape != wanted[name]
     ]
+    faults += ids_without_rows(tokenizer, config.vocab_size)
     if faults:
         raise CheckpointError(
-            f"weights in {folder} that fit its configuration",
+            f"weights and a tokenizer in {folder} that fit its configuration",
             found="; ".join(sorted(faults)),
-            do="restore both files from the same model",
+            do="restore all files from the same model",
         )
 
 

@@ -38,7 +38,7 @@ from .plots import plot_sensitivity
 from .runs import TEACHER_FOLDER
 from .storing import Step, silent_step, store
 from .texts import DEFAULT_TOKENS, TextFiles, Texts, choose_texts
-from .tokenization import load_tokenizer
+from .tokenization import ids_without_rows, load_tokenizer
 from .verify import Reference, golden_prompts, measure
 
 # Perplexity ratios above which a conversion fails.
@@ -121,6 +121,12 @@ def _fill_via(source: Path, folder: Path, options: ConvertOptions, step: Step) -
     step(f"building the graph with {options.via}")
     graph = via.build(options.via, source)
     model = via.describe_model(config, graph.graph, options.via)
+    if faults := ids_without_rows(tokenizer, model.vocab_size):
+        raise CheckpointError(
+            f"a tokenizer in {source} that fits the model",
+            found=faults[0],
+            do="restore both from the same model",
+        )
     matrices = {} if recipe is None else via.round_matrices(graph.graph, recipe)
     quantization = via.describe_rounding(graph.graph, matrices, recipe)
     cache = via.describe_cache(model, graph.graph)

@@ -168,6 +168,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"a tokenizer in {path}", found=str(e), do="restore it") from e
 
 
+def ids_without_rows(tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
+    """A fault if a tokenizer has ids that a vocabulary matrix of so many rows does not."""
+    highest = max(tokenizer.get_vocab().values(), default=0) if tokenizer else 0
+    if highest < vocab_size:
+        return []
+    return [f"the tokenizer has ids up to {highest}, vocab_size is {vocab_size}"]
+
+
 def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
     """GPT-2's `encoder.json` and `vocab.bpe` (also named vocab.json and merges.txt)."""
     try:

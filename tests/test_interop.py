@@ -27,8 +27,7 @@ def test_onnxruntime_genai_gives_the_same_greedy_ids_and_text(ours: list[int]) -
     while not theirs.is_done():
         theirs.generate_next_token()
         found.append(int(theirs.get_next_tokens()[0]))
-    assert found == ours[: len(found)]
-    assert len(found) > 10
+    assert found == ours
     with Generator(device="cpu") as generator:
         assert genai.Tokenizer(model).decode(found) == generator.tokenizer.decode(found)
 

@@ -65,11 +65,13 @@ def test_a_checkpoint_with_wrong_weights_is_refused_with_every_fault(
 ) -> None:
     folder = save_model(scrambled(GPT2_SHAPE))
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"n_inner": 128', '"n_inner": 256'))
+    config = config.replace('"n_inner": 128', '"n_inner": 256')
+    (folder / "config.json").write_text(config.replace('"vocab_size": 300', '"vocab_size": 299'))
     with pytest.raises(CheckpointError) as refused:
         load_checkpoint(folder)
     for name in ("h.0.mlp.c_fc.weight", "h.1.mlp.c_proj.weight", "h.1.mlp.c_fc.bias"):
         assert name in str(refused.value)
+    assert "ids up to 299, vocab_size is 299" in str(refused.value)
 
 
 @pytest.mark.parametrize("change", ["truncated", "missing", "unknown family"])
