@@ -28,6 +28,9 @@ _WARM_UP = 10
 _BATCH_TOKENS = 1024
 MORE_TEXT = 4  # times as much as error correction needs: each weight learns for itself
 _REACH = 1.0  # steps of the grid that a weight may go from where it began
+# A weight near the middle between two integers turns to and fro; the mean of its last steps, here
+# about 50, says where it belongs.
+_MEMORY = 0.98
 _CORRECTION = 0.1  # of the time, about
 
 
@@ -48,7 +51,9 @@ def learn_rounding(
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     rounding = TrainedRounding.start(corrected, frozen.state_dict())
     home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}
-    optimizer = Optimizer(rounding.parameters(), OptimizerConfig())
+    learning = rounding.parameters()
+    average = {name: tensor.detach().clone() for name, tensor in learning.items()}
+    optimizer = Optimizer(learning, OptimizerConfig())
     draw = np.random.default_rng(0)
     size = max(1, _BATCH_TOKENS // windows.shape[1])
     for step in range(steps):
@@ -60,8 +65,13 @@ def learn_rounding(
         with torch.no_grad():
             for name, positions in rounding.positions.items():
                 positions.clamp_(home[name] - _REACH, home[name] + _REACH)
+            for name, mean in average.items():
+                mean.lerp_(learning[name], 1.0 - _MEMORY)
         share = _CORRECTION + (1.0 - _CORRECTION) * (step + 1) / steps
         progress(share, f"learning to round: step {step + 1}, divergence {loss.item():.4f} nats")
+    with torch.no_grad():
+        for name, mean in average.items():
+            learning[name].copy_(mean)
     return rounding.matrices()
 
 

@@ -13,16 +13,27 @@ if TYPE_CHECKING:
     from .sensitivity import Option
 
 
+# What a log calls the loss of a step: the text's own, or with a teacher's share.
+LOSS, OBJECTIVE = "loss", "objective"
+
+
 def plot_losses(log: Path, target: Path) -> None:
-    """Training and validation loss of a run's log against steps, as a PNG."""
+    """Training and validation loss of a run's log against steps, as a PNG. Where a teacher is part
+    of what is trained for, that has an axis of its own."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
     figure, axes = new_figure()
-    if steps:
-        x, y = zip(*steps, strict=True)
-        axes.plot(x, y, color="0.8", linewidth=0.8)
-        axes.plot(x, _smooth(y), color="tab:blue", label="training (smoothed)")
+    for what, name in ((LOSS, "training (smoothed)"), (OBJECTIVE, "objective (right, smoothed)")):
+        if steps := [(line["step"], line[what]) for line in lines if what in line]:
+            x, y = zip(*steps, strict=True)
+            own = axes if what == LOSS else axes.twinx()
+            own.plot(x, y, color="0.8", linewidth=0.8)
+            own.plot(x, _smooth(y), color="tab:blue")
+            axes.plot([], [], color="tab:blue", label=name)
+            if own is not axes:
+                own.set_ylabel("objective")
+                axes.set_zorder(own.get_zorder() + 1)
+                axes.patch.set_visible(False)
     if valid:
         x, y = zip(*valid, strict=True)
         axes.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")

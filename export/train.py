@@ -24,7 +24,7 @@ from .loss import Lesson, autocast, linear_cross_entropy, product_dtype
 from .model import GPT
 from .optimizer import Optimizer
 from .parts import parameter_of
-from .plots import plot_losses
+from .plots import LOSS, OBJECTIVE, plot_losses
 from .progress import ProgressBar
 from .runs import PLOT_FILE, TEACHER_FOLDER, Run, State, TrainConfig, tokens_per_step, truncate_log
 from .trained_rounding import TrainedRounding, hidden_and_head
@@ -62,6 +62,7 @@ def train(
 
 def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable[[], bool]) -> str:
     config = trainer.config
+    what = OBJECTIVE if config.distill else LOSS  # no nats a token where a teacher's weigh in
     if trainer.run.config.fine_tuning and trainer.state.step == 0:
         trainer.judge(_evaluate(trainer, log, bar))
     while not (reason := trainer.finished()):
@@ -69,9 +70,10 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
         state = trainer.state
         speed = tokens_per_step(config) / seconds
         bar.update(
-            trainer.share(), f"step {state.step}  loss {loss:.4f}  {speed:,.0f} tok/s{_best(state)}"
+            trainer.share(),
+            f"step {state.step}  {what} {loss:.4f}  {speed:,.0f} tok/s{_best(state)}",
         )
-        _write(log, step=state.step, loss=loss, tok_s=round(speed, 1))
+        _write(log, step=state.step, **{what: loss}, tok_s=round(speed, 1))
         stop = interrupted()
         due = state.step % config.eval_every == 0 or bool(trainer.finished())
         if due or stop:

@@ -303,8 +303,9 @@ def test_training_for_rounding_lowers_the_loss_of_the_rounded_model_and_resumes_
     countdown = iter([False] * 6 + [True])
     assert train(broken, QUIET, lambda: next(countdown)).reason == "interrupted"
     train(open_run(broken.path), QUIET)
-    found = [line for line in losses(broken) if "loss" in line]
-    assert found == [line for line in losses(whole) if "loss" in line]
+    found = [line for line in losses(broken) if "objective" in line]
+    assert found == [line for line in losses(whole) if "objective" in line]
+    assert len(found) == 40
     judged = [line["valid_loss"] for line in losses(whole) if "valid_loss" in line]
     assert judged[-1] < judged[0]
 
