@@ -39,7 +39,7 @@ def learn_rounding(
     formats: Mapping[str, BlockFormat],
     windows: Ids,
     progress: Progress,
-    steps: int = 600,
+    steps: int = 1000,
 ) -> dict[str, BlockMatrix]:
     """Round every matrix in `formats` for `windows` of calibration text [count, length]: first as
     error correction does, then by steps from there. The same input gives the same matrices."""
