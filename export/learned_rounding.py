@@ -25,6 +25,7 @@ from .progress import Progress
 from .trained_rounding import TrainedRounding, hidden_and_head
 
 _WARM_UP = 10
+_RATE = 0.01  # steps of the grid a step: few steps must turn what is to be turned
 _BATCH_TOKENS = 1024
 MORE_TEXT = 4  # times as much as error correction needs: each weight learns for itself
 _REACH = 1.0  # steps of the grid that a weight may go from where it began
@@ -39,7 +40,7 @@ def learn_rounding(
     formats: Mapping[str, BlockFormat],
     windows: Ids,
     progress: Progress,
-    steps: int = 1000,
+    steps: int = 600,
 ) -> dict[str, BlockMatrix]:
     """Round every matrix in `formats` for `windows` of calibration text [count, length]: first as
     error correction does, then by steps from there. The same input gives the same matrices."""
@@ -53,7 +54,7 @@ def learn_rounding(
     home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}
     learning = rounding.parameters()
     average = {name: tensor.detach().clone() for name, tensor in learning.items()}
-    optimizer = Optimizer(learning, OptimizerConfig())
+    optimizer = Optimizer(learning, OptimizerConfig(position_lr=_RATE))
     draw = np.random.default_rng(0)
     size = max(1, _BATCH_TOKENS // windows.shape[1])
     for step in range(steps):

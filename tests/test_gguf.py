@@ -17,7 +17,7 @@ from gptrt.errors import CheckpointError
 from gptrt.generator import Generator
 
 from .conftest import assert_refused, run_cli, story
-from .test_families import IDS, logits_of, reference
+from .test_families import CONFIGS, IDS, logits_of, reference
 
 gguf = pytest.importorskip("gguf", reason="what reads such files")
 transformers = pytest.importorskip("transformers", reason="the reference implementation")
@@ -135,7 +135,9 @@ def test_a_sentencepiece_vocabulary_cuts_a_text_as_it_was_trained(
     prefix: bool, pieces: Tokenizer, tmp_path: Path
 ) -> None:
     vocabulary = sentencepiece_vocabulary(pieces, add_space_prefix=prefix)
-    file = write_gguf(reference("llama"), tmp_path / "m.gguf", vocabulary)
+    shape = CONFIGS["llama"][1] | {"vocab_size": len(vocabulary["tokens"])}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    file = write_gguf(model, tmp_path / "m.gguf", vocabulary)
     config, tokenizer = transformers.AutoTokenizer, load_checkpoint(file).tokenizer
     assert tokenizer is not None
     text = story()[:300] if prefix else " " + story()[:300]
