@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -297,6 +297,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     killed process leaves behind has a name that starts with a dot and is never read.
     """
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    missing = [folder for folder in target.parents if not folder.exists()]
     try:
         temporary.mkdir(parents=True)
     except OSError as e:
@@ -318,6 +319,10 @@ def written_whole(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not target.exists():
+            for folder in missing:  # made for nothing; one that is not empty stays
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def replace_json(path: Path, value: Any) -> None:

@@ -10,7 +10,6 @@ anew.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,7 +19,7 @@ from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
 from .loss import Lesson, autocast, linear_cross_entropy, product_dtype
 from .model import GPT
-from .optimizer import Optimizer, OptimizerConfig
+from .optimizer import Optimizer, OptimizerConfig, rate_scale
 from .progress import Progress
 from .trained_rounding import TrainedRounding, hidden_and_head
 
@@ -61,8 +60,7 @@ def learn_rounding(
         ids = torch.from_numpy(windows[draw.integers(0, len(windows), size)])
         loss = _divergence(frozen, rounding, ids)
         loss.backward()  # type: ignore[no-untyped-call]
-        rate = 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        optimizer.step(rate * min(1.0, (step + 1) / _WARM_UP))
+        optimizer.step(rate_scale(step, step / steps, _WARM_UP))
         with torch.no_grad():
             for name, positions in rounding.positions.items():
                 positions.clamp_(home[name] - _REACH, home[name] + _REACH)

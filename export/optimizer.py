@@ -7,6 +7,7 @@ maps between residual streams, so they stay with AdamW. Both come from PyTorch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,6 +81,14 @@ class Optimizer:
                 for parameter in group["params"]:
                     if moments := by_name.get(self._names[parameter]):
                         part.state[parameter] = moments
+
+
+def rate_scale(step: int, share: float, warmup_steps: int, final: float = 0.0) -> float:
+    """Linear warm-up, then half a cosine over the rest of a run, down to `final`; `share` of it, 0
+    to 1, is done."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * share))
+    return warm * (final + (1.0 - final) * cosine)
 
 
 def _adamw(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ from .checkpoint import load_checkpoint
 from .data import Windows, in_order, open_ids
 from .loss import Lesson, autocast, linear_cross_entropy, product_dtype
 from .model import GPT
-from .optimizer import Optimizer
+from .optimizer import Optimizer, rate_scale
 from .parts import parameter_of
 from .plots import LOSS, OBJECTIVE, plot_losses
 from .progress import ProgressBar
@@ -157,7 +157,8 @@ class Trainer:
             )
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.learning.values(), config.grad_clip)
-        self.optimizer.step(learning_rate_scale(step, self.share(), config))
+        rate = rate_scale(step, self.share(), config.warmup_steps, config.final_lr)
+        self.optimizer.step(rate)
         seconds = time.perf_counter() - began
         self.state = replace(self.state, step=step + 1, elapsed_s=self.state.elapsed_s + seconds)
         return loss, seconds
@@ -229,13 +230,6 @@ def learning_parameters(model: GPT, rounding: TrainedRounding | None) -> dict[st
 def _teacher(run: Run) -> GPT:
     """What a run with distillation learns from: the model that it started from."""
     return load_checkpoint(run.path / TEACHER_FOLDER).model().eval().requires_grad_(False)
-
-
-def learning_rate_scale(step: int, share: float, config: TrainConfig) -> float:
-    """Linear warm-up, then half a cosine over the rest of the run, down to `final_lr`."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * share))
-    return warm * (config.final_lr + (1.0 - config.final_lr) * cosine)
 
 
 def compute_dtype(config: TrainConfig, width: int, device: torch.device) -> torch.dtype:

@@ -36,7 +36,7 @@ from .blocks import BlockFormat, BlockMatrix, Float
 from .checkpoint import write_json
 from .nbits import products
 from .quantize import Recipe
-from .rounding import DATA_FREE
+from .rounding import DATA_FREE, Method
 from .tokenization import SpecialIds, read_special_ids
 
 Via = Literal["mobius", "optimum"]
@@ -158,12 +158,17 @@ def _rounded(weight: Float, recipe: Recipe, *, head: bool, even: bool) -> BlockM
     """The head, and rows that are gathered, have 8 bits unless asked otherwise; the latter no zeros
     of their own, which no kernel reads."""
     bits = (recipe.head_bits or 8) if head else recipe.bits
-    method = recipe.method or ("k-quant" if bits < 8 and not recipe.symmetric else "nearest")
+    method = _method(recipe, bits)
     own_zeros = not even and (recipe.symmetric is False or method in ("k-quant", "hqq"))
     fmt = BlockFormat(bits, recipe.block_size or _BLOCK, symmetric=not own_zeros)
     fmt = fmt.within(weight.shape[1])
     plain = fmt.symmetric or (method == "hqq" and bits == 8)
     return DATA_FREE["nearest" if plain else method](weight, fmt)
+
+
+def _method(recipe: Recipe, bits: int) -> Method:
+    """As asked; else what loses least without calibration text."""
+    return recipe.method or ("k-quant" if bits < 8 and not recipe.symmetric else "nearest")
 
 
 def _embeddings(graph: ir.Graph) -> dict[str, Float]:
@@ -205,7 +210,7 @@ def describe_rounding(
         )
     return Quantization(
         mode=recipe.mode,
-        method=recipe.method or ("k-quant" if recipe.bits < 8 else "nearest"),
+        method=_method(recipe, recipe.bits),
         bits=recipe.bits,
         head_bits=recipe.head_bits or 8,
         block_size=body[0].format.block_size,

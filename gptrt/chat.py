@@ -55,8 +55,6 @@ class ChatTemplate:
         try:
             template = _environment().from_string(self.source)
             return str(template.render(messages=_checked(messages), **given))
-        except PromptError:
-            raise
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
             raise PromptError(
                 "messages that the chat template takes", found=str(e), do="correct them"
