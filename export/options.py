@@ -11,7 +11,7 @@ from gptrt.errors import OptionError
 from gptrt.format import CacheLayout
 
 from .checkpoint import Checkpoint
-from .quantize import Recipe, mode_of
+from .quantize import BY_TEXT, Recipe, mode_of
 from .rounding import Method
 from .sensitivity import check_budget
 from .texts import DEFAULT_TOKENS, TextFiles
@@ -26,7 +26,8 @@ class ConvertOptions:
     `max_perplexity_ratio` to `LIMITS`.
 
     `bits_per_weight` or `target_ratio` is a budget, in bits over all parameters or in perplexity:
-    with one of them every matrix gets bits and block of its own, by measured damage.
+    with one of them every matrix gets bits and block of its own, by measured damage, and is rounded
+    by `method`, one that takes text.
     """
 
     mode: Literal["none", "fp16", "int8", "int4", "int2"] = "int4"
@@ -102,10 +103,11 @@ class ConvertOptions:
                 found=self.mode,
                 do="leave one of them out",
             )
-        if self.mixed and (given or self.mode != "int4"):
+        chosen = [name for name in given if name != "method" or self.method not in BY_TEXT]
+        if self.mixed and (chosen or self.mode != "int4"):
             raise OptionError(
-                "a budget alone: it chooses bits, blocks and method by itself",
-                found=", ".join(given) or f"--quantize {self.mode}",
+                f"a budget alone, or with --method {' or '.join(BY_TEXT)}: it chooses the formats",
+                found=", ".join(chosen) or f"--quantize {self.mode}",
                 do="leave one of them out",
             )
         if self.bits_per_weight is not None and self.target_ratio is not None:

@@ -22,7 +22,7 @@ from gptrt.format import (
     describe_file,
     open_bundle,
 )
-from gptrt.generator import Generator, open_session
+from gptrt.generator import Generator, open_decoder
 
 from . import via
 from .card import model_card
@@ -166,10 +166,10 @@ def verify(
     _check_same_shape(checkpoint, bundle.manifest.model)
     texts = choose_texts(against, checkpoint.tokenizer, TextFiles(text))
     step("verifying against PyTorch")
-    session = open_session(bundle, device="cpu")
+    decoder = open_decoder(bundle, device="cpu")
     model = checkpoint.alone().frozen()
     ids = texts.verify
-    return bundle.manifest, measure(session, model, ids, text=texts.name, tokens=DEFAULT_TOKENS)
+    return bundle.manifest, measure(decoder, model, ids, text=texts.name, tokens=DEFAULT_TOKENS)
 
 
 def summary(
@@ -224,9 +224,9 @@ def _promise(
     manifest: Manifest, bundle: Bundle, draft: _Draft, options: ConvertOptions
 ) -> Manifest:
     """The final manifest: fidelity and golden ids measured on the draft, the card written."""
-    session, texts = open_session(bundle, device="cpu"), draft.texts
+    decoder, texts = open_decoder(bundle, device="cpu"), draft.texts
     fidelity = measure(
-        session,
+        decoder,
         draft.reference,
         texts.verify,
         text=texts.name,
@@ -235,7 +235,7 @@ def _promise(
     )
     if not options.allow_loss:
         check_fidelity(fidelity, options.mode, options.max_perplexity_ratio)
-    promised = replace(manifest, fidelity=fidelity, golden=golden_prompts(session, texts.verify))
+    promised = replace(manifest, fidelity=fidelity, golden=golden_prompts(decoder, texts.verify))
     card = bundle.path / CARD_FILE
     card.write_text(model_card(promised, _samples(bundle)), encoding="utf-8")
     return replace(promised, files=promised.files | {CARD_FILE: describe_file(card)})

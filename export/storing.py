@@ -16,6 +16,7 @@ from .model import GPT
 from .options import ConvertOptions
 from .progress import ProgressBar
 from .quantize import Matrices, describe, quantize_model
+from .rounding import Method
 from .sensitivity import (
     Options,
     explain,
@@ -78,7 +79,7 @@ def store(
     with ProgressBar("rounding", quiet=step is silent_step) as bar:
         if options.mixed:
             assert windows is not None
-            return _store_mixed(model, windows, options, bar, step)
+            return _store_mixed(model, windows, recipe.chosen_method, options, bar, step)
         formats = recipe.formats(config)
         step(f"rounding to {recipe.mode}: {recipe.chosen_method}")
         matrices = quantize_model(model, formats, recipe.chosen_method, windows, bar.update)
@@ -86,11 +87,17 @@ def store(
 
 
 def _store_mixed(
-    model: GPT, windows: Ids, options: ConvertOptions, bar: ProgressBar, step: Step
+    model: GPT,
+    windows: Ids,
+    method: Method,
+    options: ConvertOptions,
+    bar: ProgressBar,
+    step: Step,
 ) -> Stored:
     step("measuring what each matrix loses in each format")
-    judged = windows[: max(1, _DAMAGE_TOKENS // windows.shape[1])]
-    found = measure_damage(model, windows, judged, bar.update)
+    corrected = windows[::MORE_TEXT] if method == "learned" else windows
+    judged = corrected[: max(1, _DAMAGE_TOKENS // windows.shape[1])]
+    found = measure_damage(model, corrected, judged, bar.update)
     if options.bits_per_weight is not None:
         plan = plan_for_bits(model.config, found, options.bits_per_weight)
     else:
@@ -98,6 +105,9 @@ def _store_mixed(
         plan = plan_for_damage(found, math.log(options.target_ratio))
     step(explain(plan))
     formats = formats_of(plan)
-    matrices = quantize_model(model, formats, "gptq", windows, bar.update)
+    step(f"rounding as planned: {method}")
+    matrices = quantize_model(model, formats, method, windows, bar.update)
     table = table_of(plan)
-    return Stored(matrices, describe("int4", "gptq, mixed", model.config, formats, table), found)
+    return Stored(
+        matrices, describe("int4", f"{method}, mixed", model.config, formats, table), found
+    )

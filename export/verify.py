@@ -28,7 +28,7 @@ _CLEAR_LEAD = 0.05
 
 
 def measure(
-    session: Runner,
+    decoder: Runner,
     model: Reference,
     ids: Ids,
     *,
@@ -43,12 +43,12 @@ def measure(
     """
     if len(ids) < 2:
         raise DataError("text of two tokens or more", found=f"{len(ids)}", do="give a longer text")
-    length = min(window or session.context, len(ids) - 1)
+    length = min(window or decoder.context, len(ids) - 1)
     count = max(1, min(tokens, len(ids) - 1) // length)
-    size = max(1, _LOGITS_BYTES // (4 * length * session.vocab_size))
+    size = max(1, _LOGITS_BYTES // (4 * length * decoder.vocab_size))
     sums = np.zeros(4)
     for windows in in_order(ids[: count * length + 1], length, size):
-        sums += _compare(session, model, windows)
+        sums += _compare(decoder, model, windows)
     nll, nll_reference, kl, agree = sums / (count * length)
     return Fidelity(
         text=text,
@@ -58,7 +58,7 @@ def measure(
         perplexity_ratio=_exp(nll - nll_reference),
         kl=float(kl),
         top1=float(agree),
-        greedy=greedy_agreement(session, model, ids[: count * length]),
+        greedy=greedy_agreement(decoder, model, ids[: count * length]),
     )
 
 
@@ -67,11 +67,11 @@ def _exp(nats: float) -> float:
 
 
 @torch.no_grad()
-def _compare(session: Runner, model: Reference, windows: NDArray[np.int64]) -> NDArray[np.float64]:
+def _compare(decoder: Runner, model: Reference, windows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sums over a batch of windows [batch, length + 1]: nll, reference nll, KL, agreements."""
     inputs, targets = windows[:, :-1], torch.from_numpy(windows[:, 1:])
-    cache = session.new_cache(inputs.shape[1], batch=len(inputs))
-    found = _log_probs(torch.from_numpy(session.run(np.ascontiguousarray(inputs), cache, keep=0)))
+    cache = decoder.new_cache(inputs.shape[1], batch=len(inputs))
+    found = _log_probs(torch.from_numpy(decoder.run(np.ascontiguousarray(inputs), cache, keep=0)))
     wanted = _log_probs(model(torch.from_numpy(inputs)))
     nll, nll_reference = (_nll(log_probs, targets) for log_probs in (found, wanted))
     kl = (wanted.exp() * (wanted - found)).sum().item()
@@ -88,22 +88,22 @@ def _nll(log_probs: Tensor, targets: Tensor) -> float:
 
 
 @torch.no_grad()
-def greedy_agreement(session: Runner, model: Reference, ids: Ids) -> float:
+def greedy_agreement(decoder: Runner, model: Reference, ids: Ids) -> float:
     """How much of a greedy continuation both share before they differ: the mean share over prompts
     from all over the text.
 
     Until they differ both have read the same, so one pass of the model over what the bundle wrote
     says where that is.
     """
-    context = session.context
+    context = decoder.context
     length = min(_GREEDY_PROMPT, context // 2, len(ids))
     new = min(_GREEDY_LENGTH, context - length)
     starts = np.linspace(0, len(ids) - length, _GREEDY_PROMPTS).astype(int)
     prompts = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
-    cache = session.new_cache(length + new, batch=len(prompts))
+    cache = decoder.new_cache(length + new, batch=len(prompts))
     step, text = prompts, [prompts]
     for _ in range(new):
-        step = session.run(step, cache)[:, -1].argmax(-1)[:, None]
+        step = decoder.run(step, cache)[:, -1].argmax(-1)[:, None]
         text.append(step)
     found = np.concatenate(text, axis=1)  # [prompts, length + new]
     logits = model(torch.from_numpy(found[:, :-1]))[:, length - 1 :]
@@ -111,19 +111,19 @@ def greedy_agreement(session: Runner, model: Reference, ids: Ids) -> float:
     return float(np.cumprod(best == found[:, length:], axis=1).mean())
 
 
-def golden_prompts(session: Runner, ids: Ids) -> tuple[Golden, ...]:
+def golden_prompts(decoder: Runner, ids: Ids) -> tuple[Golden, ...]:
     """Greedy continuations of a few places of the text, each cut where the lead gets thin."""
-    length = min(_GOLDEN_PROMPT, session.context // 2, len(ids))
+    length = min(_GOLDEN_PROMPT, decoder.context // 2, len(ids))
     starts = [i * (len(ids) - length) // _GOLDEN_COUNT for i in range(_GOLDEN_COUNT)]
     prompts = {tuple(int(i) for i in ids[start : start + length]) for start in starts}
-    return tuple(Golden(p, _clear_greedy(session, p)) for p in sorted(prompts))
+    return tuple(Golden(p, _clear_greedy(decoder, p)) for p in sorted(prompts))
 
 
-def _clear_greedy(session: Runner, prompt: tuple[int, ...]) -> tuple[int, ...]:
-    cache = session.new_cache(min(session.context, len(prompt) + _GOLDEN_LENGTH))
+def _clear_greedy(decoder: Runner, prompt: tuple[int, ...]) -> tuple[int, ...]:
+    cache = decoder.new_cache(min(decoder.context, len(prompt) + _GOLDEN_LENGTH))
     step, ids = np.array([prompt], np.int64), []
     while cache.length + step.shape[1] <= cache.capacity:
-        logits = session.run(step, cache)[0, -1]
+        logits = decoder.run(step, cache)[0, -1]
         best = int(logits.argmax())
         lead = logits[best] - np.delete(logits, best).max(initial=-np.inf)
         if lead < _CLEAR_LEAD:

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gptrt.config import GenerationConfig
+    from gptrt.decoder import Decoder
     from gptrt.errors import (
         BundleError,
         CheckpointError,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from gptrt.format import Bundle, open_bundle
     from gptrt.generator import Generation, Generator
     from gptrt.scoring import Perplexity, perplexity
-    from gptrt.session import Session
 
 _HOMES = {
     "gptrt.config": ("GenerationConfig",),
@@ -53,7 +53,7 @@ _HOMES = {
     "gptrt.format": ("Bundle", "open_bundle"),
     "gptrt.generator": ("Generation", "Generator"),
     "gptrt.scoring": ("Perplexity", "perplexity"),
-    "gptrt.session": ("Session",),
+    "gptrt.decoder": ("Decoder",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -62,6 +62,7 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "DataError",
+    "Decoder",
     "DependencyError",
     "DeviceError",
     "FidelityError",
@@ -72,7 +73,6 @@ __all__ = [
     "OptionError",
     "Perplexity",
     "PromptError",
-    "Session",
     "TargetError",
     "TrainingError",
     "__version__",

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gptrt.decoder import Decoder
 from gptrt.engine import Device
 from gptrt.errors import OptionError
-from gptrt.foreign import ForeignSession
+from gptrt.foreign import ForeignDecoder
 from gptrt.format import open_bundle
-from gptrt.generator import Generator, embedded_bundle, open_session
-from gptrt.session import Session
+from gptrt.generator import Generator, embedded_bundle, open_decoder
 from gptrt.tokenizer import Tokenizer
 
 
@@ -47,15 +47,15 @@ def bench(
     """
     began = time.perf_counter()
     bundle = open_bundle(embedded_bundle() if path is None else path)
-    session, tokenizer = (
-        open_session(bundle, device=device, threads=threads),
+    decoder, tokenizer = (
+        open_decoder(bundle, device=device, threads=threads),
         Tokenizer.open(bundle),
     )
-    generator = Generator.from_parts(session, tokenizer.endless())
+    generator = Generator.from_parts(decoder, tokenizer.endless())
     load = time.perf_counter() - began
 
-    prompt, new = _sizes(session.context, prompt_tokens, new_tokens)
-    measured = [_round(generator, session, prompt, new) for _ in range(1 + rounds)][1:]
+    prompt, new = _sizes(decoder.context, prompt_tokens, new_tokens)
+    measured = [_round(generator, decoder, prompt, new) for _ in range(1 + rounds)][1:]
     first = _median(measured, lambda r: r.first)
     return {
         "load_s": load,
@@ -69,15 +69,15 @@ def bench(
 
 
 def _round(
-    generator: Generator, session: Session | ForeignSession, prompt: int, new: int
+    generator: Generator, decoder: Decoder | ForeignDecoder, prompt: int, new: int
 ) -> _Round:
     """One generation of ids that no text is needed for: the same ones every time."""
-    vocab_size = session.vocab_size
+    vocab_size = decoder.vocab_size
     ids = [(i * 7919) % vocab_size for i in range(prompt)]
-    ends, inside = [time.perf_counter()], [session.engine.seconds]
+    ends, inside = [time.perf_counter()], [decoder.engine.seconds]
     for _ in generator.tokens(ids, max_new_tokens=new):
         ends.append(time.perf_counter())
-        inside.append(session.engine.seconds)
+        inside.append(decoder.engine.seconds)
     loop = [(ends[i + 1] - ends[i]) - (inside[i + 1] - inside[i]) for i in range(1, new)]
     return _Round(ends[1] - ends[0], ends[-1] - ends[1], loop)
 

@@ -10,7 +10,7 @@ from typing import Any
 class KVCache:
     """`length` of `capacity` positions are filled, in each of `batch` rows.
 
-    `buffers` belong to the session that made the cache. Positions from `length` on are never
+    `buffers` belong to the decoder that made the cache. Positions from `length` on are never
     looked at, so going back is setting `length` back.
     """
 

@@ -154,7 +154,7 @@ def perplexity(bundle: Path, file: Path, stride: int | None, as_json: bool, **op
 
     with Generator(bundle, **_given(**options)) as generator:
         ids = generator.tokenizer.encode(_read_text(file))
-        _report(asdict(score(generator.session, ids, stride=stride)), as_json)
+        _report(asdict(score(generator.decoder, ids, stride=stride)), as_json)
 
 
 @main.command()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, DependencyError, FidelityError
 from gptrt.format import Bundle, Golden, open_bundle, read_manifest
-from gptrt.generator import Generator, embedded_bundle, open_session
+from gptrt.generator import Generator, embedded_bundle, open_decoder
 from gptrt.machine import cpu_quota, usable_cores
 from gptrt.schema import encode
 from gptrt.tokenizer import Tokenizer
@@ -33,8 +33,8 @@ def verify(
     and FidelityError with the prompt and the position of the first id that differs.
     """
     bundle = open_bundle(embedded_bundle() if path is None else path)
-    session = open_session(bundle, device=device, threads=threads)
-    generator = Generator.from_parts(session, Tokenizer.open(bundle).endless())
+    decoder = open_decoder(bundle, device=device, threads=threads)
+    generator = Generator.from_parts(decoder, Tokenizer.open(bundle).endless())
     golden = bundle.manifest.golden
     for number, promised in enumerate(golden):
         _check_golden(generator, number, promised)

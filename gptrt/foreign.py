@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gptrt.architecture import MAX_COUNT
 from gptrt.cache import KVCache
+from gptrt.decoder import Ids, Logits, check_capacity, check_ids
 from gptrt.engine import Device, Engine
 from gptrt.errors import BundleError, PromptError
 from gptrt.format import (
@@ -36,7 +37,6 @@ from gptrt.format import (
     Bundle,
 )
 from gptrt.schema import read_json
-from gptrt.session import Ids, Logits, check_capacity, check_ids
 from gptrt.tokenizer import Tokenizer
 
 # The first that is there is taken: whole decoders before those in fewer bits.
@@ -201,8 +201,8 @@ class _Slot:
         return np.zeros((*before, batch, heads, 0, width), self.dtype)  # type: ignore[arg-type]
 
 
-class ForeignSession:
-    """A decoder that another tool exported: what `Session` is for a bundle of ours.
+class ForeignDecoder:
+    """A decoder that another tool exported: what `Decoder` is for a bundle of ours.
 
     Raises what `Engine` does, and BundleError with everything that such a graph should have and
     this one has not.
@@ -244,7 +244,7 @@ class ForeignSession:
         return KVCache(batch, capacity, _Grown(self.engine, self._slots, batch))
 
     def run(self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1) -> Logits:
-        """As `Session.run`."""
+        """As `Decoder.run`."""
         batch, new = check_ids(ids, cache)
         total, kept = cache.length + new, min(keep or new, new)
         grown: _Grown = cache.buffers
@@ -292,13 +292,13 @@ class _Grown:
         self.length = length
 
 
-def open_decoder(
+def open_parts(
     path: str | os.PathLike[str], *, device: Device = "auto", threads: int | None = None
-) -> tuple[ForeignSession, Tokenizer]:
+) -> tuple[ForeignDecoder, Tokenizer]:
     """What a generator needs, with a warning that none of it is checked."""
     folder = open_foreign(path)
     warn_of(folder)
-    return ForeignSession(folder, device=device, threads=threads), folder.tokenizer()
+    return ForeignDecoder(folder, device=device, threads=threads), folder.tokenizer()
 
 
 def _slots(

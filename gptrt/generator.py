@@ -20,15 +20,15 @@ from gptrt.architecture import ForeignModel
 from gptrt.cache import KVCache
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
+from gptrt.decoder import Decoder, Ids, Logits
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
 from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
 from gptrt.sampling import Sampler
-from gptrt.session import Ids, Logits, Session
 from gptrt.tokenizer import StopStrings, Tokenizer
 
 if TYPE_CHECKING:
-    from gptrt.foreign import ForeignSession
+    from gptrt.foreign import ForeignDecoder
 
 FinishReason = Literal["stop", "length", "time"]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
@@ -38,7 +38,7 @@ _LONGEST_PASS = 256  # ids in one run: attention over a pass takes memory by its
 
 
 class Runner(Protocol):
-    """What a generator needs of a session: the seam at which tests put a fake."""
+    """What a generator needs of a decoder: the seam at which tests put a fake."""
 
     @property
     def context(self) -> int: ...
@@ -103,41 +103,41 @@ class Generator:
             from gptrt import foreign  # an import that bundles need not wait for
 
             if foreign.is_foreign(path):
-                self._set_up(*foreign.open_decoder(path, device=device, threads=threads))
+                self._set_up(*foreign.open_parts(path, device=device, threads=threads))
                 return
         # Hashing, opening and reading the tokenizer do not need each other.
         bundle = open_structure(embedded_bundle() if path is None else path)
         with ThreadPoolExecutor(2) as beside:
             hashing = beside.submit(check_weights, bundle)
             import_onnxruntime()
-            opening = beside.submit(open_session, bundle, device=device, threads=threads)
+            opening = beside.submit(open_decoder, bundle, device=device, threads=threads)
             tokenizer = Tokenizer.open(bundle)
             hashing.result()
             self._set_up(opening.result(), tokenizer)
 
     @classmethod
-    def from_parts(cls, session: Runner, tokenizer: Tokenizer) -> Self:
-        """A generator over a session and a tokenizer that exist already."""
+    def from_parts(cls, decoder: Runner, tokenizer: Tokenizer) -> Self:
+        """A generator over a decoder and a tokenizer that exist already."""
         self = cls.__new__(cls)
-        self._set_up(session, tokenizer)
+        self._set_up(decoder, tokenizer)
         return self
 
-    def _set_up(self, session: Runner, tokenizer: Tokenizer) -> None:
-        self._session: Runner | None = session
+    def _set_up(self, decoder: Runner, tokenizer: Tokenizer) -> None:
+        self._decoder: Runner | None = decoder
         self.tokenizer = tokenizer
 
     @property
-    def session(self) -> Runner:
+    def decoder(self) -> Runner:
         """Raises GptrtError once the generator is closed."""
-        if self._session is None:
+        if self._decoder is None:
             raise GptrtError(
                 "an open Generator", found="one that was closed", do="make a new Generator"
             )
-        return self._session
+        return self._decoder
 
     def close(self) -> None:
         """Let go of the model. Streams that are under way may still be read to their end."""
-        self._session = None
+        self._decoder = None
 
     def __enter__(self) -> Self:
         return self
@@ -218,15 +218,15 @@ class Generator:
 
     def _tokens(self, call: _Call) -> abc.Generator[int, None, None]:
         """The loop: run, sample, stop, yield."""
-        session, eos, ids, room = self.session, self.tokenizer.eos_token_ids, call.ids, call.room
-        cache = session.new_cache(len(call.prompt) + room)
+        decoder, eos, ids, room = self.decoder, self.tokenizer.eos_token_ids, call.ids, call.room
+        cache = decoder.new_cache(len(call.prompt) + room)
         sampler = Sampler(call.config, call.prompt, eos, room=room)
         deadline = time.monotonic() + call.config.max_time if call.config.max_time else None
         *earlier, step = _passes(call.prompt)  # [1, new] each
         for part in earlier:
-            session.run(part, cache)
+            decoder.run(part, cache)
         while len(ids) < room:
-            token = sampler.next(session.run(step, cache))
+            token = sampler.next(decoder.run(step, cache))
             if token in eos:
                 call.finish_reason = "stop"
                 return
@@ -245,11 +245,11 @@ class Generator:
             config = GenerationConfig.from_options(**options)
         elif options:
             raise OptionError("config= or options", found="both", do="put all into the config")
-        session = self.session
-        _check_words(config, session.vocab_size)
+        decoder = self.decoder
+        _check_words(config, decoder.vocab_size)
         ids = self._ids(prompt)
-        _check_prompt(ids, session)
-        return _Call(ids, config, min(config.max_new_tokens, session.context - len(ids)))
+        _check_prompt(ids, decoder)
+        return _Call(ids, config, min(config.max_new_tokens, decoder.context - len(ids)))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -262,16 +262,16 @@ class Generator:
             ) from e
 
 
-def open_session(
+def open_decoder(
     bundle: Bundle, *, device: Device = "auto", threads: int | None = None
-) -> Session | ForeignSession:
-    """The session that runs a bundle: ours, or where another library built the graph, one for any
-    decoder. Raises what `Session` does."""
+) -> Decoder | ForeignDecoder:
+    """The decoder that runs a bundle: ours, or where another library built the graph, one for any
+    decoder. Raises what `Decoder` does."""
     if isinstance(bundle.manifest.model, ForeignModel):
         from gptrt import foreign
 
-        return foreign.ForeignSession(foreign.folder_of(bundle), device=device, threads=threads)
-    return Session(bundle, device=device, threads=threads)
+        return foreign.ForeignDecoder(foreign.folder_of(bundle), device=device, threads=threads)
+    return Decoder(bundle, device=device, threads=threads)
 
 
 def _passes(prompt: list[int]) -> Iterator[list[list[int]]]:
@@ -280,18 +280,18 @@ def _passes(prompt: list[int]) -> Iterator[list[list[int]]]:
         yield [prompt[start : start + _LONGEST_PASS]]
 
 
-def _check_prompt(ids: Sequence[int], session: Runner) -> None:
+def _check_prompt(ids: Sequence[int], decoder: Runner) -> None:
     if not ids:
         raise PromptError("a prompt of one token or more", found="none", do="give some text")
-    if not 0 <= min(ids) <= max(ids) < session.vocab_size:
+    if not 0 <= min(ids) <= max(ids) < decoder.vocab_size:
         raise PromptError(
-            f"ids from 0 to {session.vocab_size - 1}",
+            f"ids from 0 to {decoder.vocab_size - 1}",
             found=f"{min(ids)} to {max(ids)}",
             do="encode the prompt with the tokenizer of this bundle",
         )
-    if len(ids) >= session.context:
+    if len(ids) >= decoder.context:
         raise PromptError(
-            f"a prompt of at most {session.context - 1} tokens, in a context of {session.context}",
+            f"a prompt of at most {decoder.context - 1} tokens, in a context of {decoder.context}",
             found=f"{len(ids)} tokens",
             do="shorten the prompt",
         )

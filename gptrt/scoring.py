@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.cache import KVCache
+from gptrt.decoder import Ids, Logits
 from gptrt.errors import DataError, FidelityError, OptionError
 from gptrt.generator import Runner
-from gptrt.session import Ids, Logits
 
 _LOGITS_BYTES = 64 << 20  # of one run
 
@@ -28,7 +28,7 @@ class Perplexity:
 
 
 def perplexity(
-    session: Runner,
+    decoder: Runner,
     ids: Sequence[int] | NDArray[np.integer[Any]],
     *,
     window: int | None = None,
@@ -44,7 +44,7 @@ def perplexity(
     Raises OptionError, DataError for a text of less than two ids, FidelityError for logits that
     are no numbers.
     """
-    context = session.context
+    context = decoder.context
     window = context if window is None else window
     stride = window if stride is None else stride
     if not 1 <= stride <= window <= context:
@@ -53,13 +53,13 @@ def perplexity(
             found=f"stride {stride}, window {window}",
             do="correct them or leave them out",
         )
-    text = _checked(ids, session.vocab_size)
-    cache = session.new_cache(min(window, len(text) - 1))
+    text = _checked(ids, decoder.vocab_size)
+    cache = decoder.new_cache(min(window, len(text) - 1))
     total = 0.0
     for first in range(1, len(text), stride):  # the first id that this window predicts
         end = min(first + stride, len(text))
         cache.length = 0
-        total += _window_nll(session, cache, text[max(0, end - 1 - window) : end], end - first)
+        total += _window_nll(decoder, cache, text[max(0, end - 1 - window) : end], end - first)
     return _perplexity(total, len(text) - 1)
 
 
@@ -74,15 +74,15 @@ def _checked(ids: Sequence[int] | NDArray[np.integer[Any]], vocab_size: int) -> 
     return text
 
 
-def _window_nll(session: Runner, cache: KVCache, window: Ids, scored: int) -> float:
+def _window_nll(decoder: Runner, cache: KVCache, window: Ids, scored: int) -> float:
     """The nll, summed, of the last `scored` ids of a window, each from all before it."""
     inputs, targets = window[:-1], window[1:]
-    size = max(1, _LOGITS_BYTES // (4 * session.vocab_size))
+    size = max(1, _LOGITS_BYTES // (4 * decoder.vocab_size))
     total, unscored = 0.0, len(inputs) - scored
     for start in range(0, len(inputs), size):
         end = min(start + size, len(inputs))
         keep = end - max(start, unscored)
-        logits = session.run(inputs[None, start:end], cache, keep=max(1, keep))[0]
+        logits = decoder.run(inputs[None, start:end], cache, keep=max(1, keep))[0]
         if keep > 0:
             total += _nll(logits, targets[end - keep : end])
     return total

@@ -18,7 +18,7 @@ VOCAB = 257  # bytes and the end of text
 Predict = Callable[[list[int]], NDArray[np.float32]]
 
 
-class FakeSession:
+class FakeDecoder:
     """A model that is a function: `predict(ids read so far)` gives the logits of the next id."""
 
     def __init__(self, predict: Predict, *, context: int = 64) -> None:

@@ -18,7 +18,7 @@ from gptrt.chat import ChatTemplate
 from gptrt.errors import DependencyError, PromptError
 from gptrt.generator import Generator
 
-from .fakes import FakeSession, by_heart, byte_tokenizer
+from .fakes import FakeDecoder, by_heart, byte_tokenizer
 
 CHATML = (
     "{%- for message in messages %}\n"
@@ -92,7 +92,7 @@ def test_a_template_goes_along_from_the_folder_to_the_bundle_and_back(
 def fake(template: str | None) -> Generator:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = ChatTemplate(template) if template is not None else None
-    return Generator.from_parts(FakeSession(by_heart(b"Hi: hello"), context=512), tokenizer)
+    return Generator.from_parts(FakeDecoder(by_heart(b"Hi: hello"), context=512), tokenizer)
 
 
 def test_an_answer_is_what_follows_the_conversation() -> None:

@@ -19,10 +19,10 @@ from export.cli import main as gptrt_export
 from export.data import VALID_IDS, open_ids
 from export.runs import DATA_FOLDER, Run
 from gptrt.cli import main as gptrt
+from gptrt.decoder import Decoder
 from gptrt.engine import import_onnxruntime
 from gptrt.format import open_bundle, read_manifest
 from gptrt.generator import Generator
-from gptrt.session import Session
 from gptrt.tokenizer import Tokenizer
 
 from .conftest import assert_refused, run_cli, story
@@ -35,9 +35,9 @@ SLOW_GPTRT = [
     """
 import time
 from gptrt.cli import main
-from gptrt.session import Session
-run = Session.run
-Session.run = lambda *args, **kwargs: time.sleep(0.05) or run(*args, **kwargs)
+from gptrt.decoder import Decoder
+run = Decoder.run
+Decoder.run = lambda *args, **kwargs: time.sleep(0.05) or run(*args, **kwargs)
 main()
 """,
 ]
@@ -208,10 +208,10 @@ def test_bench_refuses_sizes_that_do_not_fit_the_context(
 
 def nll_by_hand(bundle: Path, ids: list[int], windows: list[tuple[int, int, int]]) -> float:
     """The mean over windows (begin, first predicted, end), straight from the definition."""
-    session = Session(open_bundle(bundle), device="cpu")
+    decoder = Decoder(open_bundle(bundle), device="cpu")
     values: list[float] = []
     for begin, first, end in windows:
-        logits = session.run([ids[begin : end - 1]], session.new_cache(64), keep=0)
+        logits = decoder.run([ids[begin : end - 1]], decoder.new_cache(64), keep=0)
         rows: NDArray[np.float64] = logits[0].astype(np.float64)
         for position in range(first, end):
             row = rows[position - 1 - begin]

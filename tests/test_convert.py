@@ -21,9 +21,9 @@ from export.options import ConvertOptions
 from export.pipeline import convert
 from export.reopen import load_bundle
 from export.runs import Run
+from gptrt.decoder import Decoder
 from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
 from gptrt.format import open_bundle, read_manifest
-from gptrt.session import Session
 from gptrt.tokenizer import Tokenizer
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
@@ -43,13 +43,13 @@ LARGE_VOCABULARIES = {
 }
 
 
-def open_session(
+def open_decoder(
     model: GPT, save_model: Callable[[GPT], Path], text: Path, tmp_path: Path, **options: object
-) -> Session:
+) -> Decoder:
     out = tmp_path / "bundle"
     settings = ConvertOptions(verify_text=text, allow_loss=True, **options)  # type: ignore[arg-type]
     convert(save_model(model), out, settings)
-    return Session(open_bundle(out), device="cpu", threads=1)
+    return Decoder(open_bundle(out), device="cpu", threads=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -57,14 +57,14 @@ def test_the_fp32_graph_gives_pytorchs_logits_whole_in_chunks_and_in_single_step
     shape: str, save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
 ) -> None:
     model = scrambled(SHAPES[shape])
-    session = open_session(model, save_model, text_file, tmp_path, mode="none")
+    decoder = open_decoder(model, save_model, text_file, tmp_path, mode="none")
     ids = np.random.default_rng(0).integers(0, 300, (1, 48))
     with torch.no_grad():
         wanted = model(torch.from_numpy(ids)).numpy()
     for chunks in ([48], [20, 28], [5] + [1] * 43, [1] * 3 + [30] + [1] * 15):
-        cache, found, start = session.new_cache(48), [], 0
+        cache, found, start = decoder.new_cache(48), [], 0
         for size in chunks:
-            found.append(session.run(ids[:, start : start + size], cache, keep=0).copy())
+            found.append(decoder.run(ids[:, start : start + size], cache, keep=0).copy())
             start += size
         np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
 
@@ -75,8 +75,8 @@ def test_an_int8_cache_gives_nearly_pytorchs_logits_however_the_text_is_cut(
 ) -> None:
     model = scrambled(SHAPES[shape])
     options = {"mode": "none", "kv_cache": "int8"}
-    session = open_session(model, save_model, text_file, tmp_path, **options)
-    assert session.manifest.cache.dtype == "int8"
+    decoder = open_decoder(model, save_model, text_file, tmp_path, **options)
+    assert decoder.manifest.cache.dtype == "int8"
     assert "KV cache: int8" in (tmp_path / "bundle" / "README.md").read_text()
     tokenizer = Tokenizer.open(open_bundle(tmp_path / "bundle"))
     ids = np.array([tokenizer.encode(text_file.read_text()[100:400])[:48]])
@@ -84,9 +84,9 @@ def test_an_int8_cache_gives_nearly_pytorchs_logits_however_the_text_is_cut(
         wanted = model(torch.from_numpy(ids)).numpy()
     found = {}
     for chunks in ((48,), (20, 28), (5,) + (1,) * 43):
-        cache, parts, start = session.new_cache(48), [], 0
+        cache, parts, start = decoder.new_cache(48), [], 0
         for size in chunks:
-            parts.append(session.run(ids[:, start : start + size], cache, keep=0).copy())
+            parts.append(decoder.run(ids[:, start : start + size], cache, keep=0).copy())
             start += size
         found[chunks] = np.concatenate(parts, axis=1)
         error = np.linalg.norm(found[chunks] - wanted) / np.linalg.norm(wanted)
@@ -97,30 +97,30 @@ def test_an_int8_cache_gives_nearly_pytorchs_logits_however_the_text_is_cut(
 def test_going_back_in_the_cache_gives_what_a_fresh_cache_gives(
     save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    session = open_session(scrambled(LLAMA_SHAPE), save_model, text_file, tmp_path, mode="none")
+    decoder = open_decoder(scrambled(LLAMA_SHAPE), save_model, text_file, tmp_path, mode="none")
     ids = np.arange(20)[None]
-    cache, fresh = session.new_cache(32), session.new_cache(32)
-    session.run(ids, cache)
+    cache, fresh = decoder.new_cache(32), decoder.new_cache(32)
+    decoder.run(ids, cache)
     for token in (7, 8, 9):
-        session.run(np.array([[token]]), cache)
+        decoder.run(np.array([[token]]), cache)
     cache.length = 20
-    session.run(ids, fresh)
+    decoder.run(ids, fresh)
     step = np.array([[42]])
-    assert np.array_equal(session.run(step, cache), session.run(step, fresh))
+    assert np.array_equal(decoder.run(step, cache), decoder.run(step, fresh))
 
 
 def test_rows_of_a_batch_are_computed_as_if_alone(
     save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    session = open_session(scrambled(GPT2_SHAPE), save_model, text_file, tmp_path, mode="none")
+    decoder = open_decoder(scrambled(GPT2_SHAPE), save_model, text_file, tmp_path, mode="none")
     ids = np.random.default_rng(1).integers(0, 300, (3, 10))
-    together = session.new_cache(12, batch=3)
-    first = session.run(ids, together).copy()
-    second = session.run(ids[:, :1], together).copy()
+    together = decoder.new_cache(12, batch=3)
+    first = decoder.run(ids, together).copy()
+    second = decoder.run(ids[:, :1], together).copy()
     for row in range(3):
-        alone = session.new_cache(12)
-        np.testing.assert_allclose(session.run(ids[row : row + 1], alone)[0], first[row], atol=1e-5)
-        again = session.run(ids[row : row + 1, :1], alone)
+        alone = decoder.new_cache(12)
+        np.testing.assert_allclose(decoder.run(ids[row : row + 1], alone)[0], first[row], atol=1e-5)
+        again = decoder.run(ids[row : row + 1, :1], alone)
         np.testing.assert_allclose(again[0], second[row], atol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_a_quantized_graph_computes_with_the_matrices_that_it_stores(
     tmp_path: Path,
 ) -> None:
     model = scrambled((SHAPES | LARGE_VOCABULARIES)[shape])
-    session = open_session(
+    decoder = open_decoder(
         model, save_model, text_file, tmp_path, mode=mode, method=method, block_size=32
     )
     reopened = load_bundle(tmp_path / "bundle")
@@ -158,7 +158,7 @@ def test_a_quantized_graph_computes_with_the_matrices_that_it_stores(
         assert error < bound, name
     vocabulary = model.config.vocab_size
     ids = np.append(np.random.default_rng(0).integers(0, vocabulary, 31), vocabulary - 1)[None]
-    found = session.run(ids, session.new_cache(32), keep=0)
+    found = decoder.run(ids, decoder.new_cache(32), keep=0)
     with torch.no_grad():
         wanted = reopened.model().eval()(torch.from_numpy(ids)).numpy()
     # What is left is the rounding of activations to 8 bits.
@@ -169,7 +169,7 @@ def test_a_tied_matrix_is_stored_once_and_every_matrix_is_quantized(
     save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
 ) -> None:
     model = scrambled(GPT2_SHAPE)
-    open_session(model, save_model, text_file, tmp_path, mode="int8", block_size=64)
+    open_decoder(model, save_model, text_file, tmp_path, mode="int8", block_size=64)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     rest = 4 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
     size = open_bundle(tmp_path / "bundle").weights_bytes

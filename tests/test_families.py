@@ -16,10 +16,10 @@ from export.options import ConvertOptions
 from export.pipeline import convert
 from export.reopen import load_bundle
 from export.tokenization import TokenizerConfig, train_tokenizer
+from gptrt.decoder import Decoder
 from gptrt.errors import CheckpointError
 from gptrt.format import open_bundle
 from gptrt.generator import Generator
-from gptrt.session import Session
 
 from .conftest import story
 
@@ -180,10 +180,10 @@ def test_an_exported_family_gives_transformers_logits_and_greedy_ids(
     theirs, _, folder = imported
     options = ConvertOptions("none", verify_text=text_file, allow_loss=True)
     convert(folder, tmp_path / "bundle", options)
-    session = Session(open_bundle(tmp_path / "bundle"), device="cpu", threads=1)
-    cache = session.new_cache(40, batch=2)
-    found = [session.run(IDS[:, :30], cache, keep=0).copy()]
-    found += [session.run(IDS[:, n : n + 1], cache).copy() for n in range(30, 40)]
+    decoder = Decoder(open_bundle(tmp_path / "bundle"), device="cpu", threads=1)
+    cache = decoder.new_cache(40, batch=2)
+    found = [decoder.run(IDS[:, :30], cache, keep=0).copy()]
+    found += [decoder.run(IDS[:, n : n + 1], cache).copy() for n in range(30, 40)]
     wanted = logits_of(theirs, IDS)
     np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
     prompt, ids = IDS[:1, :8], IDS[:1, :8]

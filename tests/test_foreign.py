@@ -16,12 +16,12 @@ from onnx import TensorProto, helper
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run
+from gptrt.decoder import Decoder
 from gptrt.errors import BundleError, PromptError
-from gptrt.foreign import ForeignSession, open_foreign
+from gptrt.foreign import ForeignDecoder, open_foreign
 from gptrt.format import open_bundle
 from gptrt.generator import Generator
 from gptrt.scoring import perplexity
-from gptrt.session import Session
 
 from .conftest import SHARED
 
@@ -168,23 +168,23 @@ def test_that_nothing_is_checked_is_said(exact: Path, tmp_path: Path) -> None:
 
 
 def test_batches_windows_and_going_back_are_those_of_a_bundle(exact: Path, tmp_path: Path) -> None:
-    theirs = ForeignSession(open_foreign(without_manifest(exact, tmp_path / "theirs")))
-    ours = Session(open_bundle(exact), device="cpu")
+    theirs = ForeignDecoder(open_foreign(without_manifest(exact, tmp_path / "theirs")))
+    ours = Decoder(open_bundle(exact), device="cpu")
     assert (theirs.context, theirs.vocab_size) == (ours.context, ours.vocab_size)
     rows = np.random.default_rng(0).integers(0, 300, (3, 9))
     caches = theirs.new_cache(12, 3), ours.new_cache(12, 3)
     for keep in (0, 2):
         for ids in (rows[:, :8], rows[:, 8:]):
             found, promised = (
-                session.run(ids, cache, keep=keep)
-                for session, cache in zip((theirs, ours), caches, strict=True)
+                decoder.run(ids, cache, keep=keep)
+                for decoder, cache in zip((theirs, ours), caches, strict=True)
             )
             np.testing.assert_allclose(found, promised, atol=1e-4)
         for cache in caches:  # the last id once more, after going back one
             cache.length = 8
         found, promised = (
-            session.run(rows[:, 8:], cache)
-            for session, cache in zip((theirs, ours), caches, strict=True)
+            decoder.run(rows[:, 8:], cache)
+            for decoder, cache in zip((theirs, ours), caches, strict=True)
         )
         np.testing.assert_allclose(found, promised, atol=1e-4)
         for cache in caches:

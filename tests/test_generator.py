@@ -13,19 +13,19 @@ from gptrt.config import GenerationConfig
 from gptrt.errors import GptrtError, OptionError, PromptError
 from gptrt.generator import Generator
 from gptrt.scoring import perplexity
-from tests.fakes import EOS, VOCAB, FakeSession, by_heart, byte_tokenizer, noise
+from tests.fakes import EOS, VOCAB, FakeDecoder, by_heart, byte_tokenizer, noise
 
 PROMPT = "Say: "
 
 
 def saying(text: str, context: int = 64) -> Generator:
     """A generator that continues PROMPT with `text` and the end."""
-    session = FakeSession(by_heart([*(PROMPT + text).encode()]), context=context)
-    return Generator.from_parts(session, byte_tokenizer())
+    decoder = FakeDecoder(by_heart([*(PROMPT + text).encode()]), context=context)
+    return Generator.from_parts(decoder, byte_tokenizer())
 
 
 def babbling(context: int = 64) -> Generator:
-    return Generator.from_parts(FakeSession(noise, context=context), byte_tokenizer())
+    return Generator.from_parts(FakeDecoder(noise, context=context), byte_tokenizer())
 
 
 # --- one text, three ways -----------------------------------------------------------------------
@@ -41,19 +41,19 @@ def test_ids_pieces_and_text_agree(options: dict[str, Any]) -> None:
 
 
 def test_the_prompt_is_read_once_and_then_one_id_at_a_time() -> None:
-    session = FakeSession(noise)
-    generator = Generator.from_parts(session, byte_tokenizer())
+    decoder = FakeDecoder(noise)
+    generator = Generator.from_parts(decoder, byte_tokenizer())
     generator.generate("12345", max_new_tokens=4)
-    assert session.passes == [5, 1, 1, 1]
+    assert decoder.passes == [5, 1, 1, 1]
 
 
 def test_a_long_prompt_is_read_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = babbling().generate("1234567", max_new_tokens=4)
     monkeypatch.setattr(gptrt.generator, "_LONGEST_PASS", 3)
-    session = FakeSession(noise)
-    parts = Generator.from_parts(session, byte_tokenizer())
+    decoder = FakeDecoder(noise)
+    parts = Generator.from_parts(decoder, byte_tokenizer())
     assert parts.generate("1234567", max_new_tokens=4) == whole
-    assert session.passes == [3, 3, 1, 1, 1, 1]
+    assert decoder.passes == [3, 3, 1, 1, 1, 1]
 
 
 def test_ids_are_as_good_as_text() -> None:
@@ -119,8 +119,8 @@ def test_max_time_ends_after_the_id_that_reached_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_an_end_id_only_the_limit_ends() -> None:
-    session = FakeSession(by_heart([*PROMPT.encode()]))
-    generator = Generator.from_parts(session, byte_tokenizer().endless())
+    decoder = FakeDecoder(by_heart([*PROMPT.encode()]))
+    generator = Generator.from_parts(decoder, byte_tokenizer().endless())
     assert list(generator.tokens(PROMPT, max_new_tokens=3)) == [EOS, EOS, EOS]
 
 
@@ -214,11 +214,11 @@ def test_bad_words_beyond_the_vocabulary_are_refused() -> None:
 
 def test_perplexity_predicts_every_id_but_the_first_exactly_once() -> None:
     """A model that knows the last id's successor gives every window the same likelihood."""
-    session = FakeSession(lambda seen: np.eye(VOCAB, dtype=np.float32)[seen[-1] + 1] * 3)
+    decoder = FakeDecoder(lambda seen: np.eye(VOCAB, dtype=np.float32)[seen[-1] + 1] * 3)
     ids = list(range(50))
     wanted = np.log(1 + (VOCAB - 1) * np.exp(-3.0))
     for window, stride in ((None, None), (16, 16), (16, 5), (7, 1), (64, 64)):
-        result = perplexity(session, ids, window=window, stride=stride)
+        result = perplexity(decoder, ids, window=window, stride=stride)
         assert result.tokens == 49
         assert result.nll == pytest.approx(wanted, rel=1e-6)
         assert result.perplexity == pytest.approx(np.exp(wanted), rel=1e-6)
@@ -228,17 +228,17 @@ def test_perplexity_gives_each_id_the_context_that_the_stride_leaves() -> None:
     def certain_after_four(seen: list[int]) -> Any:
         return np.eye(VOCAB, dtype=np.float32)[seen[-1] + 1] * (50 if len(seen) >= 4 else 0)
 
-    result = perplexity(FakeSession(certain_after_four), range(21), window=5, stride=2)
+    result = perplexity(FakeDecoder(certain_after_four), range(21), window=5, stride=2)
     assert result.nll * 20 == pytest.approx(3 * np.log(VOCAB), rel=1e-6)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(65, None), (8, 9), (8, 0)])
 def test_perplexity_refuses_windows_that_do_not_fit(window: int, stride: int | None) -> None:
     with pytest.raises(OptionError):
-        perplexity(FakeSession(noise), range(9), window=window, stride=stride)
+        perplexity(FakeDecoder(noise), range(9), window=window, stride=stride)
 
 
 @pytest.mark.parametrize("ids", [[], [1], [1, VOCAB]])
 def test_perplexity_refuses_what_has_nothing_to_predict(ids: list[int]) -> None:
     with pytest.raises(GptrtError, match="two tokens"):
-        perplexity(FakeSession(noise), ids)
+        perplexity(FakeDecoder(noise), ids)

@@ -21,9 +21,9 @@ from export.pipeline import convert
 from export.reopen import load_bundle
 from export.tokenization import from_gpt2_files
 from gptrt.architecture import ModelConfig
+from gptrt.decoder import Decoder
 from gptrt.format import open_bundle
 from gptrt.generator import Generator, embedded_bundle
-from gptrt.session import Session
 
 from .conftest import SHARED
 
@@ -40,7 +40,7 @@ def numbers(size: int) -> Tokenizer:
     return tokenizer
 
 
-def fp32_bundle(checkpoint: Checkpoint, folder: Path) -> Session:
+def fp32_bundle(checkpoint: Checkpoint, folder: Path) -> Decoder:
     """The checkpoint's fp32 graph, opened by the runtime."""
     size = checkpoint.config.vocab_size
     source = Checkpoint(
@@ -50,7 +50,7 @@ def fp32_bundle(checkpoint: Checkpoint, folder: Path) -> Session:
     text = folder / "text.txt"
     text.write_text(" ".join(str(i % size) for i in range(200)))
     convert(folder / "source", folder / "bundle", ConvertOptions("none", verify_text=text))
-    return Session(open_bundle(folder / "bundle"), device="cpu")
+    return Decoder(open_bundle(folder / "bundle"), device="cpu")
 
 
 def sort_checkpoint() -> Checkpoint:
@@ -91,15 +91,15 @@ def test_pytorch_and_the_fp32_graph_agree_in_logits_and_in_200_greedy_ids(
     name: str, tmp_path: Path
 ) -> None:
     checkpoint = checkpoints()[name]()
-    model, session = checkpoint.model().eval(), fp32_bundle(checkpoint, tmp_path)
+    model, decoder = checkpoint.model().eval(), fp32_bundle(checkpoint, tmp_path)
     vocabulary, context = checkpoint.config.vocab_size, checkpoint.config.n_positions
     prompt = np.random.default_rng(3).integers(0, vocabulary, (1, min(32, context // 2)))
     with torch.no_grad():
         wanted = model(torch.from_numpy(prompt)).numpy()
     half = prompt.shape[1] // 2
-    cache = session.new_cache(context)
+    cache = decoder.new_cache(context)
     found = [
-        session.run(part, cache, keep=0).copy() for part in (prompt[:, :half], prompt[:, half:])
+        decoder.run(part, cache, keep=0).copy() for part in (prompt[:, :half], prompt[:, half:])
     ]
     np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
 
@@ -107,7 +107,7 @@ def test_pytorch_and_the_fp32_graph_agree_in_logits_and_in_200_greedy_ids(
     while len(ids) < min(context, prompt.shape[1] + 200):
         ids.append(int(rows[-1].argmax()))
         if len(ids) < context:
-            rows.append(session.run(np.array([[ids[-1]]]), cache)[0, -1].copy())
+            rows.append(decoder.run(np.array([[ids[-1]]]), cache)[0, -1].copy())
     with torch.no_grad():
         whole = model(torch.tensor([ids]))[0, prompt.shape[1] - 1 :].numpy()
     np.testing.assert_allclose(np.stack(rows), whole[: len(rows)], atol=1e-4)
@@ -118,20 +118,20 @@ def test_gpt_nano_sort_computes_the_published_logits_and_sorts_everything(tmp_pa
     path = GOLDEN / "gpt-nano-sort" / "gpt-nano-sort-t0-partials.json"
     partials = json.loads(path.read_text())
     checkpoint = sort_checkpoint()
-    session = fp32_bundle(checkpoint, tmp_path)
+    decoder = fp32_bundle(checkpoint, tmp_path)
     ids = tensor(partials["idx"]).long()
     wanted = tensor(partials["lm_head"])
     model = checkpoint.model().eval()
     with torch.no_grad():
         torch.testing.assert_close(model(ids), wanted, atol=1e-5, rtol=0)
-    found = session.run(ids.numpy(), session.new_cache(11, batch=len(ids)), keep=0)
+    found = decoder.run(ids.numpy(), decoder.new_cache(11, batch=len(ids)), keep=0)
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
 
     rows = np.array(list(itertools.product(range(3), repeat=6)))  # [729, 6]
-    cache = session.new_cache(11, batch=len(rows))
-    answer = [session.run(rows, cache)[:, -1].argmax(-1)]
+    cache = decoder.new_cache(11, batch=len(rows))
+    answer = [decoder.run(rows, cache)[:, -1].argmax(-1)]
     while cache.length < 11:
-        answer.append(session.run(answer[-1][:, None], cache)[:, -1].argmax(-1))
+        answer.append(decoder.run(answer[-1][:, None], cache)[:, -1].argmax(-1))
     assert np.array_equal(np.stack(answer, axis=1), np.sort(rows, axis=1))
 
 
@@ -159,13 +159,13 @@ def test_the_quantized_adder_still_adds(mode: str, right: int, tmp_path: Path) -
     options: dict[str, Any] = {"mode": mode, "verify_text": text, "allow_loss": True}
     options["verify_tokens"] = 5999  # so that the rest begins where a line does
     convert(tmp_path / "source", tmp_path / "bundle", ConvertOptions(**options))
-    session = Session(open_bundle(tmp_path / "bundle"), device="cpu")
+    decoder = Decoder(open_bundle(tmp_path / "bundle"), device="cpu")
     wanted = sums()
-    cache = session.new_cache(6, batch=len(wanted))
+    cache = decoder.new_cache(6, batch=len(wanted))
     step = np.ascontiguousarray(wanted[:, :4])
     answers = []
     for _ in range(3):
-        step = session.run(step, cache)[:, -1].argmax(-1)[:, None]
+        step = decoder.run(step, cache)[:, -1].argmax(-1)[:, None]
         answers.append(step)
     assert (np.concatenate(answers, axis=1) == wanted[:, 4:]).all(axis=1).sum() >= right
 

@@ -18,7 +18,7 @@ def modules_after(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import gptrt", "from gptrt import Generator, GenerationConfig, Session"]
+    "statement", ["import gptrt", "from gptrt import Generator, GenerationConfig, Decoder"]
 )
 def test_importing_gptrt_pulls_nothing_heavy(statement: str) -> None:
     assert not modules_after(statement) & HEAVY

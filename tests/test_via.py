@@ -20,7 +20,7 @@ from export.tokenization import TokenizerConfig, train_tokenizer
 from gptrt.cli import main as gptrt
 from gptrt.errors import CheckpointError
 from gptrt.format import open_bundle, read_manifest
-from gptrt.generator import Generator, open_session
+from gptrt.generator import Generator, open_decoder
 
 from .conftest import assert_refused, run_cli, story
 
@@ -125,11 +125,11 @@ def test_an_architecture_that_is_not_native_becomes_a_bundle_that_is_the_model(
         assert not out.exists()
         return
     assert result.exit_code == 0, result.output
-    session = open_session(open_bundle(out), device="cpu", threads=1)
+    decoder = open_decoder(open_bundle(out), device="cpu", threads=1)
     ids = np.random.default_rng(1).integers(3, 300, (2, 40))
-    cache = session.new_cache(40, batch=2)
-    found = [session.run(ids[:, :30], cache, keep=0)]
-    found += [session.run(ids[:, n : n + 1], cache) for n in range(30, 40)]
+    cache = decoder.new_cache(40, batch=2)
+    found = [decoder.run(ids[:, :30], cache, keep=0)]
+    found += [decoder.run(ids[:, n : n + 1], cache) for n in range(30, 40)]
     reference = via.reference_of(source)
     with torch.no_grad():
         wanted = reference(torch.from_numpy(ids)).numpy()

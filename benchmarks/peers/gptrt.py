@@ -1,4 +1,4 @@
-"""gptrt: Generator for one row, Session under it for several."""
+"""gptrt: Generator for one row, Decoder under it for several."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Gptrt:
 
         self._generator = Generator(path, device="cpu", threads=threads)
         self._generator.tokenizer = self._generator.tokenizer.endless()
-        self._session = self._generator.session
+        self._decoder = self._generator.decoder
 
     def generate(self, rows: Rows, new: int, step: Step) -> None:
         if len(rows) == 1:
             for _ in self._generator.tokens(rows[0], max_new_tokens=new):
                 step()
             return
-        cache = self._session.new_cache(len(rows[0]) + new, len(rows))
+        cache = self._decoder.new_cache(len(rows[0]) + new, len(rows))
         for _ in range(new):
-            rows = self._session.run(rows, cache)[:, -1].argmax(axis=-1)[:, None].tolist()
+            rows = self._decoder.run(rows, cache)[:, -1].argmax(axis=-1)[:, None].tolist()
             step()
 
     def logits(self, ids: list[int]) -> Any:
-        return self._session.run([ids], self._session.new_cache(len(ids)), keep=0)[0]
+        return self._decoder.run([ids], self._decoder.new_cache(len(ids)), keep=0)[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The session: ids and a cache in, logits out.
+"""The decoder: ids and a cache in, logits out.
 
 `run` is the hot path. For the single-token step everything is bound once, when the cache is made,
 and only rewritten in place: binding anew costs more than all other Python work of a step.
@@ -33,7 +33,7 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
-class Session:
+class Decoder:
     """A bundle's graph on one device.
 
     `context` is how many positions there are, `vocab_size` how many ids. Threads may call `run` at
@@ -105,26 +105,26 @@ def check_ids(ids: Ids | Sequence[Sequence[int]], cache: KVCache) -> tuple[int, 
 class _Buffers:
     """The memory of one cache: keys and values on the device, and the single-token step."""
 
-    def __init__(self, session: Session, capacity: int, batch: int) -> None:
-        layout, memory = session.manifest.cache, session.engine.memory
+    def __init__(self, decoder: Decoder, capacity: int, batch: int) -> None:
+        layout, memory = decoder.manifest.cache, decoder.engine.memory
         shape = (batch, layout.kv_heads, capacity, layout.head_dim)
         self.values = [(*names, memory(shape, layout.dtype)) for names in _cache_names(layout)]
-        self.single = _SingleStep(session, self, batch, capacity)
+        self.single = _SingleStep(decoder, self, batch, capacity)
 
 
 class _Pass:
     """The bound memory of a run over ids [batch, new] with a mask [batch, length]."""
 
     def __init__(
-        self, session: Session, buffers: _Buffers, shape: tuple[int, int], *, length: int, keep: int
+        self, decoder: Decoder, buffers: _Buffers, shape: tuple[int, int], *, length: int, keep: int
     ) -> None:
         batch, self._new = shape
         self._ids, self._positions = (np.zeros(shape, np.int64) for _ in range(2))
         self._mask = np.zeros((batch, length), np.int64)
         self._keep = np.array([keep], np.int64)
-        self.logits = np.empty((batch, keep, session.vocab_size), np.float32)
-        self.binding = session.engine.new_binding()
-        self._shares_memory = session.engine.device == "cpu"
+        self.logits = np.empty((batch, keep, decoder.vocab_size), np.float32)
+        self.binding = decoder.engine.new_binding()
+        self._shares_memory = decoder.engine.device == "cpu"
         for past, present, value in buffers.values:  # the same memory: updated in place
             self.binding.bind_ortvalue_input(past, value)
             self.binding.bind_ortvalue_output(present, value)
@@ -162,8 +162,8 @@ class _SingleStep(_Pass):
     The mask has its full length from the start; the graph counts the ones in it.
     """
 
-    def __init__(self, session: Session, buffers: _Buffers, batch: int, capacity: int) -> None:
-        super().__init__(session, buffers, (batch, 1), length=capacity, keep=1)
+    def __init__(self, decoder: Decoder, buffers: _Buffers, batch: int, capacity: int) -> None:
+        super().__init__(decoder, buffers, (batch, 1), length=capacity, keep=1)
         self._capacity = capacity
         self._filled = 0  # ones in a row of the mask
         arrays = (self._ids, self._positions, self._mask)

@@ -1,4 +1,4 @@
-"""The session: graphs that are not what the manifest says, devices, threads, caches."""
+"""The decoder: graphs that are not what the manifest says, devices, threads, caches."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from export.checkpoint import load_checkpoint
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run
+from gptrt.decoder import Decoder
 from gptrt.engine import import_onnxruntime
 from gptrt.errors import BundleError, DeviceError, OptionError, PromptError
 from gptrt.format import Bundle, describe_file, open_bundle
-from gptrt.session import Session
 
 Change = Callable[[dict[str, Any]], object]
 EditManifest = Callable[[Change], Path]
 
 
 @pytest.fixture(scope="module")
-def session(bundle: Path) -> Session:
-    return Session(open_bundle(bundle), device="cpu", threads=1)
+def decoder(bundle: Path) -> Decoder:
+    return Decoder(open_bundle(bundle), device="cpu", threads=1)
 
 
 def rehashed(folder: Path) -> Bundle:
@@ -79,11 +79,11 @@ def test_a_sound_graph_with_other_names_is_refused(
     change: Callable[[onnx.GraphProto], None], faults: tuple[str, ...], copied: Path
 ) -> None:
     model = onnx.load(copied / "model.onnx")
-    Session(rehashed(copied), device="cpu")
+    Decoder(rehashed(copied), device="cpu")
     change(model.graph)
     onnx.save(model, copied / "model.onnx")
     with pytest.raises(BundleError, match="inputs and outputs of a 2-layer decoder") as caught:
-        Session(rehashed(copied), device="cpu")
+        Decoder(rehashed(copied), device="cpu")
     assert all(fault in caught.value.found for fault in faults), caught.value.found
 
 
@@ -106,7 +106,7 @@ def test_a_graph_of_another_shape_or_type_is_refused(
         manifest["cache"] |= cache
 
     with pytest.raises(BundleError, match="export the bundle again") as caught:
-        Session(open_bundle(edit_manifest(change)), device="cpu")
+        Decoder(open_bundle(edit_manifest(change)), device="cpu")
     assert fault in caught.value.found
 
 
@@ -115,7 +115,7 @@ def test_bytes_that_are_no_graph_are_refused_in_one_line(copied: Path, keep: int
     graph = copied / "model.onnx"
     graph.write_bytes(b"no graph at all" if keep == 0 else graph.read_bytes()[:keep])
     with pytest.raises(BundleError, match=r"model\.onnx that onnxruntime .* can open"):
-        Session(rehashed(copied), device="cpu")
+        Decoder(rehashed(copied), device="cpu")
     code = "from gptrt.cli import main; main()"
     command = [sys.executable, "-c", code, "generate", str(copied), "x"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -129,13 +129,13 @@ def test_bytes_that_are_no_graph_are_refused_in_one_line(copied: Path, keep: int
 @pytest.mark.parametrize("threads", [0, -1, 1025, 10**18, True, 1.0, "2"])
 def test_an_impossible_number_of_threads_is_refused(bundle: Path, threads: Any) -> None:
     with pytest.raises(OptionError, match="1 to 1024 threads"):
-        Session(open_bundle(bundle), threads=threads)
+        Decoder(open_bundle(bundle), threads=threads)
 
 
 @pytest.mark.parametrize("device", ["tpu", "CPU", "", None])
 def test_a_device_that_there_is_not_is_refused(bundle: Path, device: Any) -> None:
     with pytest.raises(DeviceError, match="wanted device auto, cpu or cuda; found "):
-        Session(open_bundle(bundle), device=device)
+        Decoder(open_bundle(bundle), device=device)
 
 
 def test_cuda_runs_there_or_is_refused_with_what_is_missing(bundle: Path) -> None:
@@ -144,8 +144,8 @@ def test_cuda_runs_there_or_is_refused_with_what_is_missing(bundle: Path) -> Non
     else:
         wanted = r"pip install 'gptrt\[cuda\]'"
     with pytest.raises(DeviceError, match=wanted):
-        Session(open_bundle(bundle), device="cuda")
-    assert Session(open_bundle(bundle), device="auto").engine.device == "cpu"
+        Decoder(open_bundle(bundle), device="cuda")
+    assert Decoder(open_bundle(bundle), device="auto").engine.device == "cpu"
 
 
 _WITHOUT_ONNXRUNTIME = """
@@ -179,52 +179,52 @@ def test_without_onnxruntime_the_way_to_install_it_is_shown(bundle: Path) -> Non
 # --- caches -------------------------------------------------------------------------------------
 
 
-def walk(session: Session, prompt: list[int], steps: int) -> NDArray[np.float32]:
+def walk(decoder: Decoder, prompt: list[int], steps: int) -> NDArray[np.float32]:
     """Logits of a prompt and of greedy steps after it: [1 + steps, vocab]."""
-    cache = session.new_cache(len(prompt) + steps)
-    rows = [session.run([prompt], cache)[0, -1].copy()]
+    cache = decoder.new_cache(len(prompt) + steps)
+    rows = [decoder.run([prompt], cache)[0, -1].copy()]
     for _ in range(steps):
-        rows.append(session.run([[int(rows[-1].argmax())]], cache)[0, -1].copy())
+        rows.append(decoder.run([[int(rows[-1].argmax())]], cache)[0, -1].copy())
     return np.stack(rows)
 
 
-def test_threads_that_share_a_session_get_the_logits_that_they_get_alone(session: Session) -> None:
+def test_threads_that_share_a_decoder_get_the_logits_that_they_get_alone(decoder: Decoder) -> None:
     prompts = [[i, 2 * i + 1, 299 - i] for i in range(1, 9)]
-    alone = [walk(session, prompt, 50) for prompt in prompts]
+    alone = [walk(decoder, prompt, 50) for prompt in prompts]
     assert not np.array_equal(alone[0], alone[1])
     with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(lambda prompt: walk(session, prompt, 50), prompts))
+        together = list(pool.map(lambda prompt: walk(decoder, prompt, 50), prompts))
     for found, wanted in zip(together, alone, strict=True):
         assert np.array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 65, 10**18])
-def test_a_cache_is_never_larger_than_the_context(session: Session, capacity: int) -> None:
+def test_a_cache_is_never_larger_than_the_context(decoder: Decoder, capacity: int) -> None:
     with pytest.raises(PromptError, match=rf"wanted 1 to 64 tokens; found {capacity}; "):
-        session.new_cache(capacity)
+        decoder.new_cache(capacity)
 
 
-def test_a_full_cache_takes_no_more_and_stays_usable(session: Session) -> None:
-    cache = session.new_cache(4)
-    session.run([[1, 2, 3]], cache)
+def test_a_full_cache_takes_no_more_and_stays_usable(decoder: Decoder) -> None:
+    cache = decoder.new_cache(4)
+    decoder.run([[1, 2, 3]], cache)
     with pytest.raises(PromptError, match="1 to 1 more tokens in 1 rows; found 2 in 1"):
-        session.run([[4, 5]], cache)
-    last = session.run([[4]], cache).copy()
+        decoder.run([[4, 5]], cache)
+    last = decoder.run([[4]], cache).copy()
     with pytest.raises(PromptError, match="found 1 in 1"):
-        session.run([[5]], cache)
-    whole = session.run([[1, 2, 3, 4]], session.new_cache(4))
+        decoder.run([[5]], cache)
+    whole = decoder.run([[1, 2, 3, 4]], decoder.new_cache(4))
     np.testing.assert_allclose(last, whole, atol=1e-5)
 
 
-def test_ids_that_do_not_fit_the_rows_of_a_cache_are_refused(session: Session) -> None:
+def test_ids_that_do_not_fit_the_rows_of_a_cache_are_refused(decoder: Decoder) -> None:
     with pytest.raises(PromptError, match="found 0 in 1"):
-        session.run([[]], session.new_cache(4))
+        decoder.run([[]], decoder.new_cache(4))
     with pytest.raises(PromptError, match="in 1 rows; found 1 in 2"):
-        session.run([[1], [2]], session.new_cache(4))
-    batch = session.new_cache(4, batch=2)
-    session.run([[1], [2]], batch)
+        decoder.run([[1], [2]], decoder.new_cache(4))
+    batch = decoder.new_cache(4, batch=2)
+    decoder.run([[1], [2]], batch)
     with pytest.raises(PromptError, match="one token at a time in each row"):
-        session.run([[1, 2], [3, 4]], batch)
+        decoder.run([[1, 2], [3, 4]], batch)
 
 
 # --- float16 ------------------------------------------------------------------------------------
@@ -236,11 +236,11 @@ def test_a_float16_bundle_computes_nearly_what_pytorch_does_in_float32(
     convert(run.path, tmp_path / "half", ConvertOptions("fp16"))
     half = open_bundle(tmp_path / "half")
     assert half.manifest.cache.dtype == "float16"
-    session = Session(half, device="cpu", threads=1)
+    decoder = Decoder(half, device="cpu", threads=1)
     ids = np.random.default_rng(0).integers(0, 300, (1, 40))
-    cache = session.new_cache(41)
-    found = [session.run(ids[:, :30], cache, keep=0).copy()]
-    found += [session.run(ids[:, i : i + 1], cache).copy() for i in range(30, 40)]
+    cache = decoder.new_cache(41)
+    found = [decoder.run(ids[:, :30], cache, keep=0).copy()]
+    found += [decoder.run(ids[:, i : i + 1], cache).copy() for i in range(30, 40)]
     with torch.no_grad():
         wanted = load_checkpoint(run.path).model().eval()(torch.from_numpy(ids)).numpy()
     assert found[0].dtype == np.float32
