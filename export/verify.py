@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gptrt.decoding import Runner
 from gptrt.errors import DataError
 from gptrt.format import Fidelity, Golden
-from gptrt.generator import Runner
 
 from .data import in_order
 

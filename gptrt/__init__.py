@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gptrt.config import GenerationConfig
+    from gptrt.constraint import Grammar, JsonSchema, Regex
     from gptrt.decoder import Decoder
     from gptrt.errors import (
         BundleError,
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
         DeviceError,
         FidelityError,
         GptrtError,
+        MemoryLimitError,
         OptionError,
         PromptError,
+        SessionError,
         TargetError,
         TrainingError,
     )
     from gptrt.format import Bundle, open_bundle
-    from gptrt.generator import Generation, Generator
+    from gptrt.generator import Generator, Stream
+    from gptrt.interrupt import Cancellation
+    from gptrt.results import Generation, Timings
     from gptrt.scoring import Perplexity, perplexity
 
 _HOMES = {
@@ -45,13 +50,18 @@ _HOMES = {
         "DeviceError",
         "FidelityError",
         "GptrtError",
+        "MemoryLimitError",
+        "SessionError",
         "OptionError",
         "PromptError",
         "TargetError",
         "TrainingError",
     ),
     "gptrt.format": ("Bundle", "open_bundle"),
-    "gptrt.generator": ("Generation", "Generator"),
+    "gptrt.generator": ("Generator", "Stream"),
+    "gptrt.constraint": ("Grammar", "JsonSchema", "Regex"),
+    "gptrt.interrupt": ("Cancellation",),
+    "gptrt.results": ("Generation", "Timings"),
     "gptrt.scoring": ("Perplexity", "perplexity"),
     "gptrt.decoder": ("Decoder",),
 }
@@ -60,6 +70,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Bundle",
     "BundleError",
+    "Cancellation",
     "CheckpointError",
     "DataError",
     "Decoder",
@@ -70,10 +81,17 @@ __all__ = [
     "GenerationConfig",
     "Generator",
     "GptrtError",
+    "Grammar",
+    "JsonSchema",
+    "MemoryLimitError",
     "OptionError",
     "Perplexity",
     "PromptError",
+    "Regex",
+    "SessionError",
+    "Stream",
     "TargetError",
+    "Timings",
     "TrainingError",
     "__version__",
     "open_bundle",

@@ -51,7 +51,7 @@ def bench(
         open_decoder(bundle, device=device, threads=threads),
         Tokenizer.open(bundle),
     )
-    generator = Generator.from_parts(decoder, tokenizer.endless())
+    generator = Generator.from_parts(decoder, tokenizer.endless(), reuse="none")
     load = time.perf_counter() - began
 
     prompt, new = _sizes(decoder.context, prompt_tokens, new_tokens)

@@ -7,9 +7,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
+from gptrt.constraint import Constraint
 from gptrt.errors import OptionError
+
+LogitsProcessor = Callable[[Any, Any], Any]  # (ids, logits) -> logits
 
 
 def _option(default: Any, wanted: str, accepts: Callable[[Any], bool]) -> Any:
@@ -25,6 +28,10 @@ def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, Real) and not isinstance(v, bool) and holds(float(v))
 
 
+def _bias(token: Any, value: Any) -> bool:
+    return _integer(0)(token) and _number(lambda v: -1e4 <= v <= 1e4)(value)
+
+
 def _tuple(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, tuple) and all(accepts(item) for item in v)
 
@@ -35,8 +42,24 @@ class GenerationConfig:
 
     A temperature above 0, `top_k`, `top_p`, `min_p` or `typical_p` without `do_sample` means
     sampling; temperature 0 means greedy. Sampling has no hidden filters: what is not given is off.
-    `max_time` is in seconds, `stop_strings` end the text
-    before themselves, `seed` None takes a fresh one for each call.
+    `stop_strings` end the text before themselves, `seed` None takes a fresh one for each prompt.
+    `max_time` and `timeout` are seconds from the call on: the id that is computed at `max_time` is
+    the last; at `timeout` nothing is waited for, not even the prompt to be read.
+
+    `logit_bias` {id: number} is added to logits; a `logits_processor`, or several, is called with
+    all ids so far, int64 [n], and the logits, float32 [vocab], and returns logits. `constraint` is
+    a `JsonSchema`, `Regex` or `Grammar` that the text will match. `logprobs` asks for the log
+    probability of each id, `top_logprobs` for those of so many of the likeliest too: the model's
+    own, before any option.
+
+    `num_beams` searches instead of choosing one id after the other: the sequences of the largest
+    sum of log probabilities over length ** `length_penalty`. `early_stopping` as in transformers:
+    True at the first `num_beams` ends, False where better is unlikely, "never" where impossible.
+
+    `prompt_lookup_num_tokens` lets so many ids at once be guessed from what the prompt and text
+    have had already; `num_assistant_tokens` bounds what a draft model guesses. Guesses change the
+    speed, not the distribution. `context_overflow` "slide" goes on where the context is full, from
+    the last half of it, instead of "stop".
 
     Raises OptionError that lists every fault.
 
@@ -68,7 +91,30 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] = _option(
         (), "strings, none empty", _tuple(lambda v: isinstance(v, str) and v != "")
     )
+    logit_bias: tuple[tuple[int, float], ...] = _option(
+        (), "ids with numbers from -1e4 to 1e4", _tuple(lambda v: len(v) == 2 and _bias(*v))
+    )
+    logits_processor: tuple[LogitsProcessor, ...] = _option((), "callables", _tuple(callable))
+    constraint: Constraint | None = _option(  # noqa: RUF009
+        None, "a JsonSchema, Regex or Grammar", lambda v: isinstance(v, Constraint)
+    )
+    num_return_sequences: int = _option(1, "an integer from 1 to 4096", _integer(1, 4096))
+    num_beams: int = _option(1, "an integer from 1 to 256", _integer(1, 256))
+    length_penalty: float = _option(
+        1.0, "a number from -10 to 10", _number(lambda v: -10 <= v <= 10)
+    )
+    early_stopping: bool | Literal["never"] = _option(
+        False, 'True, False or "never"', lambda v: isinstance(v, bool) or v == "never"
+    )
+    prompt_lookup_num_tokens: int | None = _option(None, "an integer from 1 to 64", _integer(1, 64))
+    num_assistant_tokens: int = _option(5, "an integer from 1 to 64", _integer(1, 64))
+    context_overflow: Literal["stop", "slide"] = _option(
+        "stop", '"stop" or "slide"', lambda v: v in ("stop", "slide")
+    )
+    logprobs: bool = _option(False, "True or False", lambda v: isinstance(v, bool))
+    top_logprobs: int = _option(0, "an integer from 0 to 1024", _integer(0, 1024))
     max_time: float | None = _option(None, "a number above 0", _number(lambda v: v > 0))
+    timeout: float | None = _option(None, "a number above 0", _number(lambda v: v > 0))
     seed: int | None = _option(None, "an integer from 0 to 2**64 - 1", _integer(0, (1 << 64) - 1))
 
     def __post_init__(self) -> None:
@@ -94,6 +140,8 @@ class GenerationConfig:
 
 
 _FIELDS = {f.name: f for f in fields(GenerationConfig)}
+# Options that need one id after the other, which a search has not.
+_NO_BEAMS = ("constraint", "prompt_lookup_num_tokens", "logprobs", "top_logprobs", "stop_strings")
 # Options that mean something only where ids are drawn by chance.
 _CHANCES = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
@@ -103,14 +151,18 @@ def _given_chances(options: Mapping[str, Any]) -> list[str]:
 
 
 def _normal(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same options, with lists and a lone stop string as the tuples that they stand for."""
+    """The same options, with lists, mappings and lone values as the tuples that they stand for."""
     result = {name: _frozen(value) for name, value in options.items()}
     if isinstance(result.get("stop_strings"), str):
         result["stop_strings"] = (result["stop_strings"],)
+    if callable(result.get("logits_processor")):
+        result["logits_processor"] = (result["logits_processor"],)
     return result
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(value.items())
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
@@ -134,6 +186,12 @@ def _contradictions(options: Mapping[str, Any]) -> list[str]:
         found.append("do_sample=True contradicts temperature=0")
     if options["min_new_tokens"] > options["max_new_tokens"]:
         found.append("min_new_tokens is above max_new_tokens")
+    if options["num_beams"] > 1:
+        found += [f"num_beams contradicts {name}" for name in _NO_BEAMS if options[name]]
+        if options["do_sample"] or (options["temperature"] != 0 and chances):
+            found.append("num_beams contradicts sampling")
+        if options["num_return_sequences"] > options["num_beams"]:
+            found.append("num_return_sequences is above num_beams")
     return found
 
 

@@ -6,6 +6,7 @@ and only rewritten in place: binding anew costs more than all other Python work 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.cache import KVCache
-from gptrt.engine import Device, Engine
+from gptrt.engine import Device, Engine, Memory
 from gptrt.errors import BundleError, PromptError
 from gptrt.format import (
     ATTENTION_MASK,
+    GRAPH_DATA_FILE,
     GRAPH_FILE,
     INPUT_IDS,
     LOGITS,
@@ -28,6 +30,9 @@ from gptrt.format import (
     past_name,
     present_name,
 )
+from gptrt.interrupt import Interrupt
+
+_GRAPH_FILES = (GRAPH_FILE, GRAPH_DATA_FILE)
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -36,7 +41,8 @@ Logits = NDArray[np.float32]
 class Decoder:
     """A bundle's graph on one device.
 
-    `context` is how many positions there are, `vocab_size` how many ids. Threads may call `run` at
+    `context` is how many positions there are, `vocab_size` how many ids, `fingerprint` what only
+    the same graph and weights have. Threads may call `run` at
     the same time, each with a cache of its own. Raises what `Engine` does, and BundleError if the
     graph is not what the manifest says.
     """
@@ -51,31 +57,59 @@ class Decoder:
         graph = bundle.file(GRAPH_FILE)
         self.engine = Engine(graph, device=device, threads=threads, cache_dtype=dtype)
         _check_graph(self.engine, self.manifest)
+        hashes = sorted((n, f.sha256) for n, f in self.manifest.files.items() if n in _GRAPH_FILES)
+        self.fingerprint = hashlib.sha256(repr(hashes).encode()).hexdigest()
+
+    @property
+    def copies(self) -> bool:
+        """Whether positions can be copied from one cache to another."""
+        return self.engine.device == "cpu"
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions in each of `batch` rows."""
         check_capacity(capacity, self.context)
-        return KVCache(batch, capacity, _Buffers(self, capacity, batch))
+        layout, memory = self.manifest.cache, self.engine.memory
+        shape = (batch, layout.kv_heads, capacity, layout.head_dim)
+        values = [memory(shape, layout.dtype) for _ in _cache_names(layout)]
+        return KVCache.empty(batch, capacity, _Buffers(self, values))
 
-    def run(self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1) -> Logits:
-        """Read ids [batch, new] after what `cache` holds: logits float32 [batch, kept, vocab].
+    def cache_bytes(self, capacity: int, batch: int = 1) -> int:
+        """What `new_cache` takes."""
+        layout = self.manifest.cache
+        return 2 * layout.layers * batch * capacity * position_bytes(layout)
+
+    def run(
+        self,
+        ids: Ids | Sequence[Sequence[int]],
+        cache: KVCache,
+        *,
+        keep: int = 1,
+        interrupt: Interrupt | None = None,
+    ) -> Logits:
+        """Read ids [batch, new] after what each row of `cache` holds: logits float32
+        [batch, kept, vocab].
 
         `keep` asks for the last so many positions, 0 for all. The array is valid until the next
-        run with this cache. Prefill and decode are the same call. Rows are equally long; a batch
-        above 1 takes many ids at once only while its cache is empty. Raises PromptError.
+        run with this cache. Prefill and decode are the same call. A batch above 1 takes many ids
+        at once only while its cache is empty; of one id a row, rows may be of any length. Raises
+        PromptError, and Interrupted, which leaves the cache as it was.
         """
         batch, new = check_ids(ids, cache)
-        total = cache.length + new
-        buffers: _Buffers = cache.buffers
+        buffers: _Buffers = cache.buffers  # type: ignore[assignment]
         if new == 1:
-            step: _Pass = buffers.single
+            step: _Pass = buffers.single(cache.capacity)
         else:
             kept = min(keep or new, new)
-            step = _Pass(self, buffers, (batch, new), length=total, keep=kept)
-        step.load(ids, cache.length)
-        self.engine.run(step.binding)
-        cache.length = total
+            step = _Pass(self, buffers, (batch, new), length=cache.length + new, keep=kept)
+        step.load(ids, [row.length for row in cache.filled])
+        self.engine.run(step.binding, interrupt)
+        cache.advance(new)
         return step.logits
+
+
+def position_bytes(layout: CacheLayout) -> int:
+    """Of one key or value of one position in one layer."""
+    return layout.kv_heads * layout.head_dim * np.dtype(layout.dtype).itemsize
 
 
 def check_capacity(capacity: int, context: int) -> None:
@@ -89,9 +123,10 @@ def check_capacity(capacity: int, context: int) -> None:
 def check_ids(ids: Ids | Sequence[Sequence[int]], cache: KVCache) -> tuple[int, int]:
     """[batch, new] of ids that `cache` has room for. Raises PromptError."""
     batch, new = len(ids), len(ids[0])
-    if cache.length + new > cache.capacity or batch != cache.batch or new == 0:
+    room = cache.capacity - cache.length
+    if new > room or batch != cache.batch or new == 0:
         raise PromptError(
-            f"1 to {cache.capacity - cache.length} more tokens in {cache.batch} rows",
+            f"1 to {room} more tokens in {cache.batch} rows",
             found=f"{new} in {batch}",
             do="make the cache as large as prompt and new tokens together",
         )
@@ -105,11 +140,44 @@ def check_ids(ids: Ids | Sequence[Sequence[int]], cache: KVCache) -> tuple[int, 
 class _Buffers:
     """The memory of one cache: keys and values on the device, and the single-token step."""
 
-    def __init__(self, decoder: Decoder, capacity: int, batch: int) -> None:
-        layout, memory = decoder.manifest.cache, decoder.engine.memory
-        shape = (batch, layout.kv_heads, capacity, layout.head_dim)
-        self.values = [(*names, memory(shape, layout.dtype)) for names in _cache_names(layout)]
-        self.single = _SingleStep(decoder, self, batch, capacity)
+    def __init__(self, decoder: Decoder, values: Sequence[Memory]) -> None:
+        self.values = values  # [batch, kv_heads, capacity, head_dim] each
+        self._decoder = decoder
+        self._single: _SingleStep | None = None
+
+    def single(self, capacity: int) -> _SingleStep:
+        """Made when it is first needed, then kept."""
+        if self._single is None:
+            self._single = _SingleStep(self._decoder, self, self.values[0].shape[0], capacity)
+        return self._single
+
+    def bind(self, binding: Any) -> None:
+        """As past and as present: the same memory, updated in place."""
+        names = _cache_names(self._decoder.manifest.cache)
+        for (past, present), memory in zip(names, self.values, strict=True):
+            place = (memory.device, 0, memory.dtype, memory.shape, memory.pointer)
+            binding.bind_input(past, *place)
+            binding.bind_output(present, *place)
+
+    def rows(self, start: int, stop: int) -> _Buffers:
+        return _Buffers(self._decoder, [memory.rows(start, stop) for memory in self.values])
+
+    def copy_row(self, source: _Buffers, start: int, stop: int) -> None:
+        for memory, other in zip(self.values, source.values, strict=True):
+            memory.array[0, :, start:stop] = other.array[0, :, start:stop]
+
+    def read(self, length: int) -> bytes:
+        return b"".join(memory.array[0, :, :length].tobytes() for memory in self.values)
+
+    def write(self, data: bytes, length: int) -> None:
+        at = 0
+        for memory in self.values:
+            target = memory.array[0, :, :length]
+            values = np.frombuffer(data, memory.dtype, target.size, at)
+            target[...] = values.reshape(target.shape)
+            at += target.nbytes
+        if at != len(data):
+            raise ValueError(f"{len(data)} bytes instead of {at}")
 
 
 class _Pass:
@@ -125,18 +193,16 @@ class _Pass:
         self.logits = np.empty((batch, keep, decoder.vocab_size), np.float32)
         self.binding = decoder.engine.new_binding()
         self._shares_memory = decoder.engine.device == "cpu"
-        for past, present, value in buffers.values:  # the same memory: updated in place
-            self.binding.bind_ortvalue_input(past, value)
-            self.binding.bind_ortvalue_output(present, value)
+        buffers.bind(self.binding)
         pointer = self.logits.ctypes.data
         self.binding.bind_output(LOGITS, "cpu", 0, np.float32, self.logits.shape, pointer)
         self._bind_inputs()
 
-    def load(self, ids: Ids | Sequence[Sequence[int]], start: int) -> None:
-        """Take ids [batch, new] for the positions from `start` on."""
+    def load(self, ids: Ids | Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        """Take ids [batch, new] for the positions from `starts` [batch] on."""
         self._ids[...] = ids
-        self._positions[...] = np.arange(start, start + self._new)
-        self._mask[:, : start + self._new] = 1
+        self._positions[...] = np.array(starts)[:, None] + np.arange(self._new)
+        self._mask[:] = 1  # rows of a pass are equally long
         self._bind_again()
 
     def _bind_again(self) -> None:
@@ -159,25 +225,25 @@ class _SingleStep(_Pass):
 
     A step of a large model has just streamed all its weights through the caches, so whatever runs
     here runs cold: writing through memoryviews takes a tenth of what array assignment does.
-    The mask has its full length from the start; the graph counts the ones in it.
+    The mask has its full length from the start; the graph counts the ones in each row.
     """
 
     def __init__(self, decoder: Decoder, buffers: _Buffers, batch: int, capacity: int) -> None:
         super().__init__(decoder, buffers, (batch, 1), length=capacity, keep=1)
         self._capacity = capacity
-        self._filled = 0  # ones in a row of the mask
+        self._filled = [0] * batch  # ones in each row of the mask
         arrays = (self._ids, self._positions, self._mask)
         self._id_at, self._position_at, self._mask_at = (a.reshape(-1).data for a in arrays)
 
-    def load(self, ids: Ids | Sequence[Sequence[int]], start: int) -> None:
-        if self._filled != start:  # after a longer pass, or after going back
-            self._mask[:, :start] = 1
-            self._mask[:, start:] = 0
-        for row, (token,) in enumerate(ids):
+    def load(self, ids: Ids | Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        for row, ((token,), start) in enumerate(zip(ids, starts, strict=True)):
+            if self._filled[row] != start:  # after a longer pass, or after going back
+                self._mask[row, :start] = 1
+                self._mask[row, start:] = 0
             self._id_at[row] = token
             self._position_at[row] = start
             self._mask_at[row * self._capacity + start] = 1
-        self._filled = start + 1
+            self._filled[row] = start + 1
         self._bind_again()
 
 

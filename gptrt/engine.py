@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gptrt.errors import BundleError, DependencyError, DeviceError, OptionError
+from gptrt.interrupt import Interrupt
 from gptrt.machine import usable_cores
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -19,6 +23,40 @@ Device = Literal["auto", "cpu", "cuda"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_HELP = "pip install 'gptrt[cuda]' and its CUDA libraries, or use device='cpu'"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
+_CACHE_LINE = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A tensor on a device, to be bound by its address: whole, or some of its rows.
+
+    `owner` keeps it alive: an array on the CPU, else a value of onnxruntime's.
+    """
+
+    device: str
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    owner: Any
+
+    def rows(self, start: int, stop: int) -> Memory:
+        """The same memory, of these rows only."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        owner = self.owner[start:stop] if self.device == "cpu" else self.owner
+        shape = (stop - start, *self.shape[1:])
+        return Memory(self.device, self.pointer + start * row, shape, self.dtype, owner)
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """Its numbers, in place. Raises DeviceError where the processor cannot reach them."""
+        if self.device != "cpu":
+            raise DeviceError(
+                "a cache in the processor's memory, to copy or save it",
+                found=self.device,
+                do="use device='cpu'",
+            )
+        array: NDArray[Any] = self.owner
+        return array
 
 
 class Engine:
@@ -51,20 +89,38 @@ class Engine:
         """An IOBinding of onnxruntime, nothing bound yet."""
         return self._session.io_binding()
 
-    def memory(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """An OrtValue on the device."""
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(
+    def memory(self, shape: tuple[int, ...], dtype: str) -> Memory:
+        """A tensor on the device, not yet filled."""
+        if self.device == "cpu":
+            array = _aligned(shape, np.dtype(dtype))
+            return Memory("cpu", array.ctypes.data, shape, array.dtype, array)
+        value = self._ort.OrtValue.ortvalue_from_shape_and_type(
             shape, np.dtype(dtype), self.device, 0
         )
+        return Memory(self.device, value.data_ptr(), shape, np.dtype(dtype), value)
 
-    def memory_of(self, array: Any) -> Any:
-        """An OrtValue on the device that holds a copy of a NumPy array."""
+    def value_of(self, array: NDArray[Any]) -> Any:
+        """An OrtValue on the device with the numbers of an array."""
         return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
-    def run(self, binding: Any) -> None:
+    def run(self, binding: Any, interrupt: Interrupt | None = None) -> None:
+        """Raises Interrupted if it was ended before its end."""
         began = time.perf_counter()
-        self._session.run_with_iobinding(binding)
-        self.seconds += time.perf_counter() - began
+        options = None if interrupt is None else interrupt.handle(self._run_options)
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except RuntimeError:
+            if interrupt is not None:
+                interrupt.check()
+            raise
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def _run_options(self) -> Any:
+        options = self._ort.RunOptions()
+        # Each run looks for this entry; that it is not there costs 35 microseconds to find out.
+        options.add_run_config_entry("gpu_graph_id", "0")
+        return options
 
     def _open(
         self, path: Path, device: Device, cache_dtype: str | None
@@ -109,6 +165,14 @@ class Engine:
                 f"{provider} to load", found="that its libraries are missing", do=_CUDA_HELP
             )
         return session
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros on the border of a cache line. Memory that is never written is never really taken."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + _CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % _CACHE_LINE
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def import_onnxruntime() -> Any:

@@ -45,6 +45,14 @@ class PromptError(GptrtError):
     """A prompt is empty, or does not fit the context."""
 
 
+class SessionError(GptrtError):
+    """A session file is damaged, or of another model; or a session is used by two at once."""
+
+
+class MemoryLimitError(GptrtError):
+    """More memory would be needed than the application allows."""
+
+
 class DeviceError(GptrtError):
     """The device that was asked for cannot run this bundle."""
 

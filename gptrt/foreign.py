@@ -7,6 +7,7 @@ of the folder's JSON only what it cannot say: the context, the ids that end a te
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from gptrt.format import (
     TOKENIZER_FILE,
     Bundle,
 )
+from gptrt.interrupt import Interrupt
 from gptrt.schema import read_json
 from gptrt.tokenizer import Tokenizer
 
@@ -126,7 +128,7 @@ def warn_of(folder: ForeignFolder) -> None:
         f"{folder.graph} has no manifest of gptrt beside it: whether its files are whole is not "
         "checked, and nothing is promised of what it computes",
         UserWarning,
-        stacklevel=4,  # where the application makes its Generator
+        stacklevel=5,  # where the application makes its Generator
     )
 
 
@@ -196,9 +198,14 @@ class _Slot:
     shape: tuple[int | None, ...]
     dtype: str
 
-    def empty(self, batch: int) -> NDArray[Any]:
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    def empty(self) -> NDArray[Any]:
+        """Of one row."""
         *before, _, heads, _, width = self.shape
-        return np.zeros((*before, batch, heads, 0, width), self.dtype)  # type: ignore[arg-type]
+        return np.zeros((*before, 1, heads, 0, width), self.dtype)  # type: ignore[arg-type]
 
 
 class ForeignDecoder:
@@ -238,58 +245,121 @@ class ForeignDecoder:
             )
         self._logits_dtype = _FLOATS[gives[LOGITS].type]
 
+    copies = True  # its caches lie in arrays
+    fingerprint = ""  # nobody has hashed its files
+
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache; its memory grows with what is read."""
         check_capacity(capacity, self.context)
-        return KVCache(batch, capacity, _Grown(self.engine, self._slots, batch))
+        rows = [
+            _GrownRow(self.engine, [slot.empty() for slot in self._slots]) for _ in range(batch)
+        ]
+        return KVCache.empty(batch, capacity, _Grown(rows))
 
-    def run(self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1) -> Logits:
-        """As `Decoder.run`."""
-        batch, new = check_ids(ids, cache)
-        total, kept = cache.length + new, min(keep or new, new)
-        grown: _Grown = cache.buffers
-        grown.go_back_to(cache.length)
+    def cache_bytes(self, capacity: int, batch: int = 1) -> int:
+        """What a cache takes that is full."""
+        sizes = (math.prod(s for s in slot.shape if s) * slot.itemsize for slot in self._slots)
+        return capacity * batch * sum(sizes)
+
+    def run(
+        self,
+        ids: Ids | Sequence[Sequence[int]],
+        cache: KVCache,
+        *,
+        keep: int = 1,
+        interrupt: Interrupt | None = None,
+    ) -> Logits:
+        """As `Decoder.run`, one row after the other: each has keys and values of its own length."""
+        _, new = check_ids(ids, cache)
+        rows: list[_GrownRow] = cache.buffers.each  # type: ignore[attr-defined]
+        kept = min(keep or new, new)
+        logits = []
+        for number, (row, row_ids) in enumerate(zip(rows, ids, strict=True)):
+            start = cache.filled[number].length
+            logits.append(self._run_row(np.asarray(row_ids), row, start, kept, interrupt))
+        cache.advance(new)
+        return np.stack(logits)
+
+    def _run_row(
+        self, ids: Ids, row: _GrownRow, start: int, kept: int, interrupt: Interrupt | None
+    ) -> Logits:
+        total = start + len(ids)
+        row.go_back_to(start)
         values: dict[str, NDArray[Any]] = {
-            INPUT_IDS: np.asarray(ids),
-            ATTENTION_MASK: np.ones((batch, total)),
-            POSITION_IDS: np.broadcast_to(np.arange(cache.length, total), (batch, new)),
+            INPUT_IDS: ids[None],
+            ATTENTION_MASK: np.ones((1, total)),
+            POSITION_IDS: np.arange(start, total)[None],
             NUM_LOGITS_TO_KEEP: np.full(len(self._shape(NUM_LOGITS_TO_KEEP)) * (1,), kept),
-            _USE_CACHE_BRANCH: np.array([cache.length > 0]),
+            _USE_CACHE_BRANCH: np.array([start > 0]),
         }
         binding = self.engine.new_binding()
         for name, value in values.items():
             if name in self._takes:
                 array: NDArray[Any] = value.astype(_INTEGERS[self._takes[name].type])
-                binding.bind_ortvalue_input(name, self.engine.memory_of(array))
-        for slot, memory in zip(self._slots, grown.values, strict=True):
-            binding.bind_ortvalue_input(slot.past, memory)
+                binding.bind_ortvalue_input(name, self.engine.value_of(array))
+        for slot, past in zip(self._slots, row.values, strict=True):
+            binding.bind_ortvalue_input(slot.past, past)
             binding.bind_output(slot.present, self.engine.device)
         binding.bind_output(LOGITS, "cpu")
-        self.engine.run(binding)
-        *grown.values, logits = binding.get_outputs()
-        grown.length = cache.length = total
-        found: NDArray[Any] = logits.numpy()
-        return np.array(found[:, -kept:], np.float32)
+        self.engine.run(binding, interrupt)
+        *row.values, logits = binding.get_outputs()
+        row.length = total
+        return np.array(logits.numpy()[0, -kept:], np.float32)
 
     def _shape(self, name: str) -> Sequence[Any]:
         return self._takes[name].shape if name in self._takes else ()
 
 
-class _Grown:
-    """Keys and values as the last run gave them."""
+class _GrownRow:
+    """Keys and values of one row as the last run gave them."""
 
-    def __init__(self, engine: Engine, slots: Sequence[_Slot], batch: int) -> None:
-        self._engine, self._slots = engine, slots
-        self.length = 0
-        self.values = [engine.memory_of(slot.empty(batch)) for slot in slots]
+    def __init__(self, engine: Engine, arrays: Sequence[NDArray[Any]]) -> None:
+        self._engine = engine
+        self.arrays = arrays  # [..., 1, heads, length, head_dim]
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        return [value.numpy() for value in self.values]
+
+    @arrays.setter
+    def arrays(self, arrays: Sequence[NDArray[Any]]) -> None:
+        self.values = [self._engine.value_of(np.ascontiguousarray(array)) for array in arrays]
+        self.length = arrays[0].shape[-2]
 
     def go_back_to(self, length: int) -> None:
         """Forget what was read from position `length` on."""
-        if length == self.length:
-            return
-        cut = (np.ascontiguousarray(value.numpy()[..., :length, :]) for value in self.values)
-        self.values = [self._engine.memory_of(array) for array in cut]
-        self.length = length
+        if length != self.length:
+            self.arrays = [array[..., :length, :] for array in self.arrays]
+
+
+@dataclass
+class _Grown:
+    """The rows of a cache, each as long as what it has read."""
+
+    each: list[_GrownRow]
+
+    def rows(self, start: int, stop: int) -> _Grown:
+        return _Grown(self.each[start:stop])
+
+    def copy_row(self, source: _Grown, start: int, stop: int) -> None:
+        pairs = zip(self.each[0].arrays, source.each[0].arrays, strict=True)
+        self.each[0].arrays = [
+            np.concatenate((ours[..., :start, :], theirs[..., start:stop, :]), axis=-2)
+            for ours, theirs in pairs
+        ]
+
+    def read(self, length: int) -> bytes:
+        return b"".join(array[..., :length, :].tobytes() for array in self.each[0].arrays)
+
+    def write(self, data: bytes, length: int) -> None:
+        at, arrays = 0, []
+        for old in self.each[0].arrays:
+            shape = (*old.shape[:-2], length, old.shape[-1])
+            arrays.append(np.frombuffer(data, old.dtype, math.prod(shape), at).reshape(shape))
+            at += arrays[-1].nbytes
+        if at != len(data):
+            raise ValueError(f"{len(data)} bytes instead of {at}")
+        self.each[0].arrays = arrays
 
 
 def open_parts(

@@ -1,91 +1,90 @@
-"""The generator: ids under pieces of text under the whole text, and one loop beneath them."""
+"""The generator: what an application holds. Ids under pieces of text under the whole text, for one
+prompt and for many; the loop beneath them is in `decoding`."""
 
 from __future__ import annotations
 
 import importlib.util
 import operator
 import os
-import time
-from collections import abc
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.architecture import ForeignModel
-from gptrt.cache import KVCache
+from gptrt.calls import Call, Calls, Reuse
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
-from gptrt.decoder import Decoder, Ids, Logits
+from gptrt.decoder import Decoder
+from gptrt.decoding import Runner, Slab
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
 from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
-from gptrt.sampling import Sampler
-from gptrt.tokenizer import StopStrings, Tokenizer
+from gptrt.interrupt import Cancellation
+from gptrt.results import Generation
+from gptrt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gptrt.foreign import ForeignDecoder
 
-FinishReason = Literal["stop", "length", "time"]
+StrPath = str | os.PathLike[str]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
+Configs = GenerationConfig | Sequence[GenerationConfig]
+T = TypeVar("T")
 
 _EMBEDDED = "tales"
-_LONGEST_PASS = 256  # ids in one run: attention over a pass takes memory by its square
+_BATCH_SIZE = 8
 
 
-class Runner(Protocol):
-    """What a generator needs of a decoder: the seam at which tests put a fake."""
+class Stream(Iterator[str]):
+    """Pieces of text as they come, each as soon as its characters are whole.
 
-    @property
-    def context(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache: ...
-    def run(
-        self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1
-    ) -> Logits: ...
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a prompt was continued with. `ids` are without the one that ends a text.
-
-    `finish_reason`: "stop" at the end of the text or at `stop_string`, "length" at
-    `max_new_tokens` or where the context is full, "time" at `max_time`.
+    It may be left at any time; `close`, or the end of a `with` block, lets go of what it holds.
     """
 
-    text: str
-    prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stop_string: str | None = None
+    def __init__(self, pieces: Iterator[str], result: Callable[[], Generation]) -> None:
+        self._pieces, self._result = pieces, result
 
+    def __next__(self) -> str:
+        return next(self._pieces)
 
-@dataclass
-class _Call:
-    """All that changes while a prompt is continued: nothing of it is shared between calls."""
+    def __enter__(self) -> Self:
+        return self
 
-    prompt: list[int]
-    config: GenerationConfig
-    room: int  # for new ids
-    ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
-    stop_string: str | None = None
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it here. From another thread use a `Cancellation`."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+    @property
+    def result(self) -> Generation:
+        """What came so far; at the end, what `complete` gives. A stream that was left before it is
+        "cancelled"."""
+        return self._result()
 
 
 class Generator:
     """Continues text with the bundle at `path`, or with the embedded one.
 
     `path` may also be a decoder that onnxruntime-genai, optimum or transformers.js brought, a
-    folder or its .onnx file: it runs unchecked, with a warning, and less fast.
+    folder or its .onnx file: it runs unchecked, with a warning, and less fast. `draft` is a smaller
+    bundle of the same vocabulary that guesses ahead where one prompt is continued.
 
-    Options of all methods are those of `GenerationConfig`, as keywords or as `config=`. Every call
-    has a cache and bindings of its own, so calls may overlap, in one thread or in several, and a
-    stream may be left or closed at any time.
+    Options of all methods are those of `GenerationConfig`, as keywords or as `config=`. Every
+    method takes `cancellation`, and `progress`, a function that is told how many ids of the prompt
+    are read, of how many.
+
+    Every call has bindings and a cache of its own, so calls may overlap, in one thread or in
+    several, and a stream may be left or closed at any time. What a call has read is kept for the
+    next that begins alike: with `reuse` "exact" only what cannot change an id, with "all" also what
+    was generated, which is faster and may differ where two ids are as good as equally likely.
+
+    `memory_limit`, in bytes, bounds weights and caches together: more raises MemoryLimitError.
 
     >>> with Generator("models/tales") as generator:
     ...     for piece in generator.stream("The king said"):
@@ -94,56 +93,82 @@ class Generator:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: StrPath | None = None,
         *,
         device: Device = "auto",
         threads: int | None = None,
+        draft: StrPath | None = None,
+        reuse: Reuse = "exact",
+        memory_limit: int | None = None,
     ) -> None:
-        if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
-            from gptrt import foreign  # an import that bundles need not wait for
-
-            if foreign.is_foreign(path):
-                self._set_up(*foreign.open_parts(path, device=device, threads=threads))
-                return
-        # Hashing, opening and reading the tokenizer do not need each other.
-        bundle = open_structure(embedded_bundle() if path is None else path)
-        with ThreadPoolExecutor(2) as beside:
-            hashing = beside.submit(check_weights, bundle)
-            import_onnxruntime()
-            opening = beside.submit(open_decoder, bundle, device=device, threads=threads)
-            tokenizer = Tokenizer.open(bundle)
-            hashing.result()
-            self._set_up(opening.result(), tokenizer)
+        decoder, tokenizer = _open(path, device=device, threads=threads)
+        guesser = None
+        if draft is not None:
+            guesser, words = _open(draft, device=device, threads=threads)
+            _check_same_words(tokenizer, words, decoder, guesser)
+        self._set_up(decoder, tokenizer, draft=guesser, reuse=reuse, memory_limit=memory_limit)
 
     @classmethod
-    def from_parts(cls, decoder: Runner, tokenizer: Tokenizer) -> Self:
+    def from_parts(
+        cls,
+        decoder: Runner,
+        tokenizer: Tokenizer,
+        *,
+        draft: Runner | None = None,
+        reuse: Reuse = "exact",
+        memory_limit: int | None = None,
+    ) -> Self:
         """A generator over a decoder and a tokenizer that exist already."""
         self = cls.__new__(cls)
-        self._set_up(decoder, tokenizer)
+        self._set_up(decoder, tokenizer, draft=draft, reuse=reuse, memory_limit=memory_limit)
         return self
 
-    def _set_up(self, decoder: Runner, tokenizer: Tokenizer) -> None:
-        self._decoder: Runner | None = decoder
+    def _set_up(
+        self,
+        decoder: Runner,
+        tokenizer: Tokenizer,
+        *,
+        draft: Runner | None = None,
+        reuse: Reuse = "exact",
+        memory_limit: int | None = None,
+    ) -> None:
+        if reuse not in ("exact", "all", "none"):
+            raise OptionError('reuse "exact", "all" or "none"', found=repr(reuse), do="choose one")
         self.tokenizer = tokenizer
+        self._calls: Calls | None = Calls(
+            decoder, tokenizer, draft=draft, reuse=reuse, limit=memory_limit
+        )
 
     @property
-    def decoder(self) -> Runner:
+    def calls(self) -> Calls:
         """Raises GptrtError once the generator is closed."""
-        if self._decoder is None:
+        if self._calls is None:
             raise GptrtError(
                 "an open Generator", found="one that was closed", do="make a new Generator"
             )
-        return self._decoder
+        return self._calls
+
+    @property
+    def decoder(self) -> Runner:
+        """What runs the model. Raises GptrtError once the generator is closed."""
+        return self.calls.decoder
 
     def close(self) -> None:
         """Let go of the model. Streams that are under way may still be read to their end."""
-        self._decoder = None
+        self._calls = None
+
+    def cancel(self) -> None:
+        """End every call that is under way, from any thread: each gives what it has."""
+        if self._calls is not None:
+            self._calls.cancel()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    # --- one prompt -------------------------------------------------------------------------------
 
     def generate(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
@@ -154,28 +179,95 @@ class Generator:
     def complete(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
     ) -> Generation:
-        """The same with its ids and why it ended."""
-        call = self._call(prompt, config, options)
-        text = "".join(self._pieces(call))
-        ids = tuple(call.ids)
-        return Generation(text, tuple(call.prompt), ids, call.finish_reason, call.stop_string)
+        """The same with its ids, why it ended, and what else was asked for."""
+        (result,) = self.complete_batch([prompt], config=_alone(config, options), **options)
+        return result
 
     def stream(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
-    ) -> abc.Generator[str, None, None]:
-        """The same text in pieces, each as soon as its characters are whole."""
-        return self._pieces(self._call(prompt, config, options))
+    ) -> Stream:
+        """The same text in pieces."""
+        calls, call = self._call([prompt], _streamed(config, options), options)
+        return _stream(calls, call)
 
     def tokens(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
-    ) -> abc.Generator[int, None, None]:
+    ) -> Iterator[int]:
         """The ids, one by one. Stop strings need text: with them this raises OptionError."""
-        call = self._call(prompt, config, options)
-        if call.config.stop_strings:
+        calls, call = self._call([prompt], _streamed(config, options), options)
+        if call.writers[0].one.config.stop_strings:
             raise OptionError(
                 "options that ids can honour", found="stop_strings", do="use stream or generate"
             )
-        return self._tokens(call)
+        return (token for _, token in calls.tokens(call))
+
+    # --- many prompts -----------------------------------------------------------------------------
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, config: Configs | None = None, **options: Any
+    ) -> list[str]:
+        """The texts of `complete_batch`."""
+        return [result.text for result in self.complete_batch(prompts, config=config, **options)]
+
+    def complete_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        config: Configs | None = None,
+        batch_size: int = _BATCH_SIZE,
+        **options: Any,
+    ) -> list[Generation]:
+        """All prompts continued, `batch_size` at a time, each as it would be alone; the results in
+        the order of the prompts, `num_return_sequences` for each. `config` may be one for each.
+
+        With `num_beams` one prompt is continued at a time.
+        """
+        if type(batch_size) is not int or batch_size < 1:
+            raise OptionError("batch_size of 1 or more", found=repr(batch_size), do="correct it")
+        configs = _configs(config, options, len(prompts))
+        if any(config.num_beams > 1 for config in configs):
+            pairs = zip(prompts, configs, strict=True)
+            return [result for pair in pairs for result in self._one(*pair, options)]
+        calls, call = self._call(prompts, configs, options)
+        for _ in calls.pieces(call, rows=batch_size):
+            pass
+        return [call.result(writer) for writer in call.writers]
+
+    def _one(
+        self, prompt: Prompt, config: GenerationConfig, options: dict[str, Any]
+    ) -> list[Generation]:
+        """One prompt of those of which some are searched for."""
+        calls, call = self._call([prompt], [config], options)
+        if config.num_beams > 1:
+            return calls.beams(call.writers[0].one.prompt, config, call)
+        for _ in calls.pieces(call, rows=_BATCH_SIZE):
+            pass
+        return [call.result(writer) for writer in call.writers]
+
+    # --- asyncio ----------------------------------------------------------------------------------
+
+    async def complete_async(
+        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
+    ) -> Generation:
+        """`complete` in a thread. Cancelling the task ends it."""
+        stop = Cancellation()
+        return await _in_thread(
+            lambda: self.complete(prompt, config=config, cancellation=stop, **options), stop
+        )
+
+    async def stream_async(
+        self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
+    ) -> AsyncIterator[str]:
+        """`stream` in a thread. Leaving it, or cancelling the task, ends it."""
+        stop = Cancellation()
+        stream = self.stream(prompt, config=config, cancellation=stop, **options)
+        try:
+            while (piece := await _in_thread(lambda: next(stream, None), stop)) is not None:
+                yield piece
+        finally:
+            stop.cancel()
+
+    # --- conversations ----------------------------------------------------------------------------
 
     def chat(
         self,
@@ -203,55 +295,17 @@ class Generator:
             )
         return self.tokenizer.encode(template.render(messages, **variables), whole=False)
 
-    def _pieces(self, call: _Call) -> abc.Generator[str, None, None]:
-        decoder, stops = self.tokenizer.stream_decoder(), StopStrings(call.config.stop_strings)
-        for token in self._tokens(call):
-            if piece := stops.push(decoder.push(token)):
-                yield piece
-            if stops.fired:
-                break
-        else:
-            if piece := stops.push(decoder.flush()) + stops.flush():
-                yield piece
-        if stops.fired:
-            call.finish_reason, call.stop_string = "stop", stops.fired
+    # --- how a call begins ------------------------------------------------------------------------
 
-    def _tokens(self, call: _Call) -> abc.Generator[int, None, None]:
-        """The loop: run, sample, stop, yield."""
-        decoder, eos, ids, room = self.decoder, self.tokenizer.eos_token_ids, call.ids, call.room
-        cache = decoder.new_cache(len(call.prompt) + room)
-        sampler = Sampler(call.config, call.prompt, eos, room=room)
-        deadline = time.monotonic() + call.config.max_time if call.config.max_time else None
-        *earlier, step = _passes(call.prompt)  # [1, new] each
-        for part in earlier:
-            decoder.run(part, cache)
-        while len(ids) < room:
-            token = sampler.next(decoder.run(step, cache))
-            if token in eos:
-                call.finish_reason = "stop"
-                return
-            ids.append(token)
-            yield token
-            if deadline is not None and time.monotonic() >= deadline:
-                call.finish_reason = "time"
-                return
-            step = [[token]]
+    def stream_into(
+        self, slab: Slab, prompt: Prompt, config: GenerationConfig | None, options: dict[str, Any]
+    ) -> tuple[Stream, Call]:
+        """A stream whose prompt is read into a slab of the caller's: for sessions."""
+        calls, call = self._call([prompt], _streamed(config, options), options)
+        return _stream(calls, call, slab), call
 
-    def _call(
-        self, prompt: Prompt, config: GenerationConfig | None, options: dict[str, Any]
-    ) -> _Call:
-        """Refuse what cannot be done before anything runs."""
-        if config is None:
-            config = GenerationConfig.from_options(**options)
-        elif options:
-            raise OptionError("config= or options", found="both", do="put all into the config")
-        decoder = self.decoder
-        _check_words(config, decoder.vocab_size)
-        ids = self._ids(prompt)
-        _check_prompt(ids, decoder)
-        return _Call(ids, config, min(config.max_new_tokens, decoder.context - len(ids)))
-
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, a text or ids already. Raises PromptError."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         try:
@@ -260,6 +314,143 @@ class Generator:
             raise PromptError(
                 "text or a flat sequence of ids", found=str(e), do="convert it first"
             ) from e
+
+    def _call(
+        self,
+        prompts: Sequence[Prompt],
+        configs: Sequence[GenerationConfig],
+        options: dict[str, Any],
+    ) -> tuple[Calls, Call]:
+        calls = self.calls
+        call = calls.prepare(
+            [self.encode(prompt) for prompt in prompts],
+            configs,
+            cancellation=options.get("cancellation"),
+            progress=options.get("progress"),
+        )
+        return calls, call
+
+
+_CONTROLS = ("cancellation", "progress")  # of a call, not of what is generated
+
+
+def _config(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    given = {name: value for name, value in options.items() if name not in _CONTROLS}
+    if config is None:
+        return GenerationConfig.from_options(**given)
+    if given:
+        raise OptionError("config= or options", found="both", do="put all into the config")
+    return config
+
+
+def _alone(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig | None:
+    """Raises OptionError where there would be several results."""
+    _refuse_several(_config(config, options))
+    return config
+
+
+def _streamed(
+    config: GenerationConfig | None, options: dict[str, Any]
+) -> Sequence[GenerationConfig]:
+    """Raises OptionError for what is only known at the end."""
+    found = _config(config, options)
+    _refuse_several(found)
+    if found.num_beams > 1:
+        raise OptionError(
+            "options that a stream can honour",
+            found="num_beams: what a search finds is known at its end",
+            do="use complete",
+        )
+    return [found]
+
+
+def _refuse_several(config: GenerationConfig) -> None:
+    if config.num_return_sequences > 1:
+        raise OptionError(
+            "one sequence",
+            found=f"num_return_sequences={config.num_return_sequences}",
+            do="use complete_batch or generate_batch",
+        )
+
+
+def _configs(
+    config: Configs | None, options: dict[str, Any], count: int
+) -> Sequence[GenerationConfig]:
+    """One for each prompt."""
+    if config is None or isinstance(config, GenerationConfig):
+        return [_config(config, options)] * count
+    configs = [_config(each, options) for each in config]
+    if len(configs) != count:
+        raise OptionError(
+            f"a config for each of {count} prompts", found=f"{len(configs)}", do="give as many"
+        )
+    return configs
+
+
+def _stream(calls: Calls, call: Call, slab: Slab | None = None) -> Stream:
+    (writer,) = call.writers
+    return Stream(
+        (piece for _, piece in calls.pieces(call, slab=slab)), lambda: call.result(writer)
+    )
+
+
+async def _in_thread(function: Callable[[], T], stop: Cancellation) -> T:
+    """What a function gives, called beside the event loop; a cancelled task stops it and waits."""
+    import asyncio  # an import that most applications need not wait for
+
+    task = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.cancel()
+        await asyncio.wait([task])
+        raise
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def _open(
+    path: StrPath | None, *, device: Device, threads: int | None
+) -> tuple[Decoder | ForeignDecoder, Tokenizer]:
+    """What runs the bundle or the foreign decoder at `path`, and its tokenizer."""
+    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
+        from gptrt import foreign  # an import that bundles need not wait for
+
+        if foreign.is_foreign(path):
+            return foreign.open_parts(path, device=device, threads=threads)
+    # Hashing, opening and reading the tokenizer do not need each other.
+    bundle = open_structure(embedded_bundle() if path is None else path)
+    hashing = _Beside(lambda: check_weights(bundle))
+    import_onnxruntime()
+    opening = _Beside(lambda: open_decoder(bundle, device=device, threads=threads))
+    tokenizer = Tokenizer.open(bundle)
+    hashing.result()
+    return opening.result(), tokenizer
+
+
+class _Beside(threading.Thread, Generic[T]):
+    """A function in a thread of its own, from now on."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._error: BaseException | None = None
+        self._value: list[T] = []
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value.append(self._function())
+        except BaseException as e:
+            self._error = e
+
+    def result(self) -> T:
+        """What it gives or raises, once it does."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._value.pop()
 
 
 def open_decoder(
@@ -274,34 +465,14 @@ def open_decoder(
     return Decoder(bundle, device=device, threads=threads)
 
 
-def _passes(prompt: list[int]) -> Iterator[list[list[int]]]:
-    """The prompt as [1, new], in pieces of a bounded length."""
-    for start in range(0, len(prompt), _LONGEST_PASS):
-        yield [prompt[start : start + _LONGEST_PASS]]
-
-
-def _check_prompt(ids: Sequence[int], decoder: Runner) -> None:
-    if not ids:
-        raise PromptError("a prompt of one token or more", found="none", do="give some text")
-    if not 0 <= min(ids) <= max(ids) < decoder.vocab_size:
-        raise PromptError(
-            f"ids from 0 to {decoder.vocab_size - 1}",
-            found=f"{min(ids)} to {max(ids)}",
-            do="encode the prompt with the tokenizer of this bundle",
-        )
-    if len(ids) >= decoder.context:
-        raise PromptError(
-            f"a prompt of at most {decoder.context - 1} tokens, in a context of {decoder.context}",
-            found=f"{len(ids)} tokens",
-            do="shorten the prompt",
-        )
-
-
-def _check_words(config: GenerationConfig, vocab_size: int) -> None:
-    largest = max((token for word in config.bad_words_ids for token in word), default=0)
-    if largest >= vocab_size:
+def _check_same_words(ours: Tokenizer, theirs: Tokenizer, decoder: Runner, draft: Runner) -> None:
+    """Raises OptionError for a draft whose ids mean something else."""
+    sizes = (decoder.vocab_size, draft.vocab_size)
+    if sizes[0] != sizes[1] or ours.words() != theirs.words():
         raise OptionError(
-            f"bad_words_ids below {vocab_size}", found=str(largest), do="use this bundle's ids"
+            f"a draft with the vocabulary of the bundle, {sizes[0]} entries",
+            found=f"{sizes[1]} entries" if sizes[0] != sizes[1] else "other entries",
+            do="use a draft that was trained with the same tokenizer",
         )
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from gptrt.cache import KVCache
 from gptrt.decoder import Ids, Logits
+from gptrt.decoding import Runner
 from gptrt.errors import DataError, FidelityError, OptionError
-from gptrt.generator import Runner
 
 _LOGITS_BYTES = 64 << 20  # of one run
 
@@ -58,7 +58,7 @@ def perplexity(
     total = 0.0
     for first in range(1, len(text), stride):  # the first id that this window predicts
         end = min(first + stride, len(text))
-        cache.length = 0
+        cache.go_to(0)
         total += _window_nll(decoder, cache, text[max(0, end - 1 - window) : end], end - first)
     return _perplexity(total, len(text) - 1)
 

@@ -80,6 +80,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._inner.get_vocab_size()
 
+    def words(self) -> dict[str, int]:
+        """Every entry of the vocabulary with its id."""
+        return self._inner.get_vocab()
+
     def encode(self, text: str, *, whole: bool = True) -> list[int]:
         """The ids of a text. Raises PromptError if a character has none.
 
@@ -108,7 +112,7 @@ class Tokenizer:
         name = None if token in self._special else self._inner.id_to_token(token)
         if name is None:
             return b""
-        values = _byte_values()
+        values = byte_values()
         try:
             return bytes([values[character] for character in name])
         except KeyError:  # an added token, spelled as it is
@@ -204,8 +208,8 @@ class StopStrings:
 
 
 @cache
-def _byte_values() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on.
+def byte_values() -> dict[str, int]:
+    """The bytes that GPT-2 spells as characters: printable ones as themselves, others from U+0100.
 
     https://github.com/openai/gpt-2/blob/master/src/encoder.py
     """

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
-from gptrt.cache import KVCache
+from gptrt.testing import EOS, VOCAB, FakeDecoder, Predict, byte_tokenizer
 from gptrt.tokenizer import Tokenizer
-
-EOS = 256
-VOCAB = 257  # bytes and the end of text
-
-Predict = Callable[[list[int]], NDArray[np.float32]]
-
-
-class FakeDecoder:
-    """A model that is a function: `predict(ids read so far)` gives the logits of the next id."""
-
-    def __init__(self, predict: Predict, *, context: int = 64) -> None:
-        self.predict = predict
-        self.context, self.vocab_size = context, VOCAB
-        self.passes: list[int] = []  # how many ids each run took
-
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        return KVCache(batch, capacity, buffers=[])
-
-    def run(
-        self, ids: Sequence[Sequence[int]], cache: KVCache, *, keep: int = 1
-    ) -> NDArray[np.float32]:
-        seen: list[int] = cache.buffers
-        del seen[cache.length :]
-        seen.extend(int(token) for token in ids[0])
-        cache.length = len(seen)
-        assert cache.length <= cache.capacity, "the cache is too small for the request"
-        self.passes.append(len(ids[0]))
-        kept = range(cache.length - (keep or len(ids[0])), cache.length)
-        return np.stack([self.predict(seen[: i + 1]) for i in kept])[None]
 
 
 def favouring(token: int, lead: float = 10.0) -> NDArray[np.float32]:
@@ -59,11 +30,6 @@ def noise(seen: list[int]) -> NDArray[np.float32]:
     logits = np.random.default_rng(seen).standard_normal(VOCAB).astype(np.float32)
     logits[EOS] = -20
     return logits
-
-
-def byte_tokenizer(eos_token_ids: Sequence[int] = (EOS,)) -> Tokenizer:
-    """Byte-level, one token a byte, the byte's value its id."""
-    return Tokenizer(_inner_byte_tokenizer(), eos_token_ids)
 
 
 def character_tokenizer(characters: str) -> Tokenizer:
@@ -99,13 +65,4 @@ def unigram_tokenizer() -> Tokenizer:
     return Tokenizer(inner)
 
 
-def _inner_byte_tokenizer() -> tokenizers.Tokenizer:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (b for b in range(256) if b not in printable)
-    vocabulary = {chr(b): b for b in printable}
-    vocabulary |= {chr(256 + i): b for i, b in enumerate(others)}
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(["<|endoftext|>"])
-    return inner
+__all__ = ["EOS", "VOCAB", "FakeDecoder", "byte_tokenizer"]

@@ -91,7 +91,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_and_all_known_names() -> 
     assert all(f.name in caught.value.do for f in dataclasses.fields(GenerationConfig))
 
 
-@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences", "prompt_lookup_num_tokens"])
+@pytest.mark.parametrize("name", ["num_beam_groups", "penalty_alpha", "guidance_scale"])
 def test_an_option_that_cannot_be_honoured_is_not_ignored(name: str) -> None:
     with pytest.raises(OptionError, match=name):
         GenerationConfig.from_options(**{name: 2})
@@ -99,8 +99,8 @@ def test_an_option_that_cannot_be_honoured_is_not_ignored(name: str) -> None:
 
 def test_every_fault_is_listed_at_once() -> None:
     with pytest.raises(OptionError) as caught:
-        GenerationConfig.from_options(top_p=2.0, temperature=-1, num_beams=4)
-    assert all(name in caught.value.found for name in ("top_p", "temperature", "num_beams"))
+        GenerationConfig.from_options(top_p=2.0, temperature=-1, penalty_alpha=4)
+    assert all(name in caught.value.found for name in ("top_p", "temperature", "penalty_alpha"))
 
 
 def test_none_means_not_given() -> None:

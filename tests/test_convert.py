@@ -103,7 +103,7 @@ def test_going_back_in_the_cache_gives_what_a_fresh_cache_gives(
     decoder.run(ids, cache)
     for token in (7, 8, 9):
         decoder.run(np.array([[token]]), cache)
-    cache.length = 20
+    cache.go_to(20)
     decoder.run(ids, fresh)
     step = np.array([[42]])
     assert np.array_equal(decoder.run(step, cache), decoder.run(step, fresh))

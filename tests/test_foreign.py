@@ -181,14 +181,14 @@ def test_batches_windows_and_going_back_are_those_of_a_bundle(exact: Path, tmp_p
             )
             np.testing.assert_allclose(found, promised, atol=1e-4)
         for cache in caches:  # the last id once more, after going back one
-            cache.length = 8
+            cache.go_to(8)
         found, promised = (
             decoder.run(rows[:, 8:], cache)
             for decoder, cache in zip((theirs, ours), caches, strict=True)
         )
         np.testing.assert_allclose(found, promised, atol=1e-4)
         for cache in caches:
-            cache.length = 0
+            cache.go_to(0)
     text = rows.flatten()
     found, promised = (perplexity(s, text, window=8, stride=4).nll for s in (theirs, ours))
     assert found == pytest.approx(promised, abs=1e-5)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
-import gptrt.generator
+import gptrt.decoding
 from gptrt.config import GenerationConfig
 from gptrt.errors import GptrtError, OptionError, PromptError
 from gptrt.generator import Generator
+from gptrt.sampling import Logits
 from gptrt.scoring import perplexity
 from tests.fakes import EOS, VOCAB, FakeDecoder, by_heart, byte_tokenizer, noise
 
@@ -49,11 +49,11 @@ def test_the_prompt_is_read_once_and_then_one_id_at_a_time() -> None:
 
 def test_a_long_prompt_is_read_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = babbling().generate("1234567", max_new_tokens=4)
-    monkeypatch.setattr(gptrt.generator, "_LONGEST_PASS", 3)
+    monkeypatch.setattr(gptrt.decoding, "LONGEST_PASS", 4)
     decoder = FakeDecoder(noise)
     parts = Generator.from_parts(decoder, byte_tokenizer())
     assert parts.generate("1234567", max_new_tokens=4) == whole
-    assert decoder.passes == [3, 3, 1, 1, 1, 1]
+    assert decoder.passes == [4, 3, 1, 1, 1]
 
 
 def test_ids_are_as_good_as_text() -> None:
@@ -112,9 +112,15 @@ def test_min_new_tokens_puts_off_the_end() -> None:
 
 
 def test_max_time_ends_after_the_id_that_reached_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(start=100, step=1.0)
-    monkeypatch.setattr("gptrt.generator.time.monotonic", lambda: next(clock))
-    result = saying("yesterday").complete(PROMPT, max_time=2.5)
+    now, knows = [100.0], by_heart([*(PROMPT + "yesterday").encode()])
+
+    def slowly(seen: list[int]) -> Logits:
+        now[0] += 1.0
+        return knows(seen)
+
+    monkeypatch.setattr("gptrt.decoding.time.monotonic", lambda: now[0])
+    generator = Generator.from_parts(FakeDecoder(slowly), byte_tokenizer())
+    result = generator.complete(PROMPT, max_time=2.5)
     assert (result.text, result.finish_reason) == ("yes", "time")
 
 

@@ -1,0 +1,648 @@
+"""Structured output: a text that follows a JSON schema, a pattern or a grammar, whatever the model.
+
+llguidance (https://github.com/guidance-ai/llguidance) says which ids may come next. What is added
+here: the bytes that each id stands for, in every kind of tokenizer, and the closing. A model that
+rambles on would leave its text open where the room for it ends, so a guide always knows an ending
+that fits, and lets nothing through after which there is none.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptrt.errors import DependencyError, OptionError, first_line
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Logits = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+_LONGEST = 4096  # ids: what takes more to end is refused
+# Searches for an ending, until one finds it: how many ways to follow at once, for how many steps.
+_SEARCHES = ((1, 1024), (4, 128), (16, 128), (1, _LONGEST))
+_LIKELY = 256  # ids that are tried near the end of the room
+_SEARCHED = 8  # of these, so many may need another ending than the one that is known
+# For guesses at sizes, in bytes.
+_SLACK, _SCALAR, _FORMAT = 16, 5, 40
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+_SPECIAL = b"\xff"  # llguidance's mark of tokens that no text spells
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class SpellsIds(Protocol):
+    """What a guide needs of a tokenizer: that of `gptrt.tokenizer`."""
+
+    eos_token_ids: tuple[int, ...]
+    _inner: Any  # a tokenizers.Tokenizer
+
+    @property
+    def token_bytes(self) -> Callable[[int], bytes]: ...
+
+
+# --- what to follow -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, init=False)
+class JsonSchema:
+    """A JSON schema: a mapping, a bool or its JSON text. Properties are written in its order.
+
+    >>> JsonSchema({"type": "integer"}) == JsonSchema('{ "type": "integer" }')
+    True
+    """
+
+    text: str
+
+    def __init__(self, schema: Mapping[str, Any] | bool | str) -> None:
+        try:
+            value = json.loads(schema) if isinstance(schema, str) else schema
+            value = dict(value) if isinstance(value, Mapping) else value
+            text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise _refused("a JSON schema", first_line(e)) from e
+        if not isinstance(value, dict | bool):
+            raise _refused("a JSON schema, which is an object or a bool", text[:60])
+        object.__setattr__(self, "text", text)
+
+
+@dataclass(frozen=True)
+class Regex:
+    """A pattern that the whole text matches, in the syntax of Rust's regex, without look-around."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A context-free grammar in llguidance's variant of Lark, from its rule `start`.
+
+    https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+    """
+
+    text: str
+
+
+Constraint = JsonSchema | Regex | Grammar
+
+# One way to lay JSON out: a choice would only be a chance to ramble.
+_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+def _source(constraint: Constraint) -> str:
+    """The constraint as llguidance reads it. A schema's own "x-guidance" wins over our layout."""
+    from llguidance import LLMatcher
+
+    if isinstance(constraint, Regex):
+        return LLMatcher.grammar_from_regex(constraint.text)
+    if isinstance(constraint, Grammar):
+        return LLMatcher.grammar_from_lark(constraint.text)
+    schema = json.loads(constraint.text)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"anyOf": [False]}
+    return LLMatcher.grammar_from_json_schema(schema, defaults=_LAYOUT)  # type: ignore[arg-type]
+
+
+def _refused(wanted: str, found: str) -> OptionError:
+    return OptionError(wanted, found=found, do="correct the constraint")
+
+
+def _said(matcher: LLMatcher) -> str:
+    """What is wrong, in a line; where that only announces an error, with the error."""
+    lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
+    errors = [line for line in lines[1:] if line.startswith("error: ")]
+    return " ".join(lines[:1] + (errors[-1:] if lines and lines[0].endswith(":") else []))
+
+
+# --- a sequence under a constraint --------------------------------------------------------------
+
+
+class Guide:
+    """The state of one sequence under a constraint.
+
+    For every new id: `filter` its logits, choose, `advance`; and stop once it is `finished`.
+    """
+
+    def __init__(
+        self, vocabulary: _Vocabulary, matcher: LLMatcher, ending: list[int], stride: int
+    ) -> None:
+        self._vocabulary, self._matcher = vocabulary, matcher
+        self._written = 0  # ids of text
+        self._ended = 0  # ids of its end
+        self._stride = stride  # by how much one id can make the shortest ending longer
+        # An ending: one from here if `sure`, else from a few ids ago. `bound`: its length at most.
+        self._ending, self._sure, self._bound = ending, True, float(len(ending))
+        self._endings: dict[int, list[int]] = {}  # after each id that the closing let through
+        self._room = math.inf
+        self._mask: Mask | None = None
+
+    @classmethod
+    def compile(cls, constraint: Constraint, tokenizer: SpellsIds, vocab_size: int) -> Guide:
+        """A guide at the beginning of a text. What is compiled is kept with the tokenizer.
+
+        Raises OptionError for a constraint that is malformed or that no text can meet,
+        DependencyError without llguidance.
+        """
+        try:
+            import llguidance  # noqa: F401
+        except ImportError as e:
+            raise DependencyError(
+                "llguidance, for constraints", found=str(e), do="pip install 'gptrt[structured]'"
+            ) from e
+        return _vocabulary(tokenizer, vocab_size).guide(constraint).fork()
+
+    def fork(self) -> Guide:
+        """A copy that goes its own way."""
+        twin = copy.copy(self)
+        twin._matcher = self._matcher.deep_copy()
+        return twin
+
+    def filter(self, logits: Logits, room: int) -> Logits:
+        """Remove every id that is forbidden, or after which the text could not end in time.
+
+        `room` is for how many ids there is room, this one included. Near its end only the
+        likeliest ids are tried, and so kept. Raises OptionError where no text fits the room.
+        """
+        self._room = room
+        mask = self._allowed()
+        if self._near_the_end():
+            kept = self._closing(mask, logits)
+            mask = kept if kept.any() else self._closing(mask, None)
+        if not mask.any():
+            raise self._stuck()
+        return np.where(mask, logits, np.float32(-np.inf))
+
+    def advance(self, token: int) -> None:
+        """Take note of the id that was chosen. Raises OptionError if it is forbidden here."""
+        if token in self._vocabulary.eos and self._whole():
+            self._ended += 1
+            self._ending, self._sure = [], True
+        elif not self._ended and self._vocabulary.consumes(self._matcher, token):
+            self._written += 1
+            self._foresee(token)
+        else:
+            raise OptionError(
+                "an id that the constraint allows", found=str(token), do="choose what filter leaves"
+            )
+        self._bound = len(self._ending) if self._sure else self._bound + self._stride
+        self._room -= 1
+        self._mask, self._endings = None, {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but the end of the text may follow.
+
+        Where no id says that it ends, a whole text is also finished that has too little room left
+        to become another.
+        """
+        if not self._whole():
+            return False
+        others = self._allowed() & ~self._vocabulary.ends
+        if self._vocabulary.eos or not others.any():
+            return not others.any()
+        return self._near_the_end() and not self._closing(others, None).any()
+
+    def forced(self) -> list[int]:
+        """The ids that come next whatever the model says: a draft that is always right."""
+        return [] if self._ended else self._matcher.compute_ff_tokens()
+
+    def rewind(self, n: int) -> None:
+        """Take back the last `n` ids. Raises OptionError if there are not so many."""
+        if not 0 <= n <= self._written + self._ended:
+            raise OptionError(
+                f"to take back 0 to {self._written + self._ended} ids", found=str(n), do="correct n"
+            )
+        text = max(0, n - self._ended)
+        self._matcher.rollback(text)
+        self._written, self._ended = self._written - text, self._ended - (n - text)
+        self._sure, self._bound, self._room = False, math.inf, math.inf
+        self._mask, self._endings = None, {}
+
+    def _whole(self) -> bool:
+        return bool(self._ended) or self._matcher.is_accepting()
+
+    def _allowed(self) -> Mask:
+        """The ids that llguidance lets through, and the end of the text exactly where it is."""
+        if self._mask is None:
+            mask = np.zeros(self._vocabulary.size, bool)
+            if not self._ended and not self._matcher.is_stopped():
+                mask = self._vocabulary.mask(self._matcher)
+            self._mask = np.where(self._vocabulary.ends, self._whole(), mask)
+        return self._mask
+
+    def _stuck(self) -> OptionError:
+        """No id is allowed: a limit of llguidance, or the vocabulary lacks a character."""
+        return OptionError(
+            "a constraint that can be followed with this vocabulary",
+            found=_said(self._matcher) or "none of its ids allowed",
+            do="use a simpler constraint, or a model that can write all its characters",
+        )
+
+    # The closing.
+
+    def _near_the_end(self) -> bool:
+        """Whether one more id could be too many. Only then is an ending looked for."""
+        if self._room <= self._bound + self._stride:
+            self._find_ending()
+        return self._room <= self._bound + self._stride
+
+    def _find_ending(self) -> None:
+        """Be sure of an ending from here that fits the room. Raises OptionError if there is none.
+
+        The one that was known a few ids ago is mostly one still: a string closes as it did.
+        """
+        if self._whole():
+            self._ending = []
+        elif not self._sure and not self._vocabulary.ends_with(self._matcher, self._ending):
+            self._ending = self._vocabulary.ending(self._matcher, _LONGEST) or []
+            if not self._ending:
+                raise self._stuck()
+        if len(self._ending) > self._room:
+            shorter = self._vocabulary.ending(self._matcher, int(self._room))
+            self._ending = shorter or self._ending
+        self._sure, self._bound = True, float(len(self._ending))
+        if self._bound > self._room:
+            raise OptionError(
+                f"room for {self._bound:.0f} more tokens, to end a text as it is constrained",
+                found=f"room for {self._room:.0f}",
+                do="raise max_new_tokens; where the context is full, shorten the prompt",
+            )
+
+    def _closing(self, mask: Mask, logits: Logits | None) -> Mask:
+        """Of the ids in `mask` those after which an ending fits: of the likely ones, that is.
+
+        The next id of the known ending is one, and so is the end of the text where it is allowed.
+        """
+        endings = {self._ending[0]: self._ending[1:]} if self._ending else {}
+        searches = iter(range(_SEARCHED))
+        if self._room > len(self._ending):
+            for token in self._vocabulary.likely(mask, logits):
+                ending = None if token in endings else self._ending_after(token, searches)
+                if ending is not None:
+                    endings[token] = ending
+        self._endings = endings
+        kept = mask & self._vocabulary.ends
+        kept[list(endings)] = True
+        return kept
+
+    def _ending_after(self, token: int, searches: Iterator[int]) -> list[int] | None:
+        """One that fits the room, if it is known or, while `searches` last, quickly found."""
+        room = int(self._room) - 1
+        for known in (self._ending, self._ending[1:]):
+            if len(known) <= room and self._vocabulary.ends_with(self._matcher, [token, *known]):
+                return known
+        if next(searches, None) is None:
+            return None
+        ahead = self._matcher.deep_copy()
+        return self._vocabulary.search(ahead, room) if ahead.consume_token(token) else None
+
+    def _foresee(self, token: int) -> None:
+        """What is known of the ending once `token` was chosen."""
+        if token in self._endings:
+            self._ending, self._sure = self._endings[token], True
+        elif self._sure and self._ending[:1] == [token]:
+            self._ending = self._ending[1:]
+        else:
+            self._sure = False
+
+
+# --- a vocabulary -------------------------------------------------------------------------------
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes it, and what was compiled for it.
+
+    It holds no reference to the tokenizer that it is kept with: they go together.
+    """
+
+    def __init__(self, tokenizer: SpellsIds, size: int) -> None:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        self.size = size
+        self.eos = frozenset(token for token in tokenizer.eos_token_ids if token < size)
+        self.ends = np.isin(np.arange(size), list(self.eos))
+        spelling = _Spelling(tokenizer, size, self.eos)
+        # Without such an id llguidance adds one behind the last.
+        self._end = min(self.eos, default=size)
+        self._inner = LLTokenizer(TokenizerWrapper(spelling), eos_token=sorted(self.eos) or None)
+        self._letters = [t for t, b in enumerate(spelling.tokens) if len(b) == 1 and b.isalpha()]
+        self._in_text, self._outside, self._shortest = (
+            np.array(spelling.sorted(key), np.int64)
+            for key in (_closes_text, _closes_structure, len)
+        )
+        self.guide = lru_cache(maxsize=32)(self._compile)
+
+    def _compile(self, constraint: Constraint) -> Guide:
+        from llguidance import LLMatcher
+
+        wanted = f"a {type(constraint).__name__} that llguidance takes"
+        try:
+            matcher = LLMatcher(self._inner, _source(constraint), log_level=0)
+        except ValueError as e:
+            raise _refused(wanted, first_line(e)) from e
+        if matcher.is_error():
+            raise _refused(wanted, _said(matcher))
+        ending = self.ending(matcher, _LONGEST)
+        if ending is None:
+            raise _refused(
+                f"a constraint that {_LONGEST} tokens of this vocabulary can meet", "no way to"
+            )
+        return Guide(self, matcher, ending, _stride(constraint))
+
+    def mask(self, matcher: LLMatcher) -> Mask:
+        """The ids that may come next."""
+        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(packed, count=self.size, bitorder="little").view(bool)
+
+    def consumes(self, matcher: LLMatcher, token: int) -> bool:
+        """Move on by an id of text, if it is allowed."""
+        text = 0 <= token < self.size and token not in self.eos
+        return text and matcher.try_consume_tokens([token]) == 1
+
+    def ends_with(self, matcher: LLMatcher, ids: list[int]) -> bool:
+        """Whether `ids` come next, and then the end."""
+        return matcher.validate_tokens([*ids, self._end]) == len(ids) + 1
+
+    def likely(self, mask: Mask, logits: Logits | None) -> list[int]:
+        """The likeliest of the ids of text in `mask`; without logits, those likely to close it."""
+        if logits is None:
+            ids = self._closers(mask)
+        else:
+            ids = np.flatnonzero(mask & ~self.ends)
+            if len(ids) > _LIKELY:
+                ids = ids[np.argpartition(-logits[ids], _LIKELY)[:_LIKELY]]
+            ids = ids[np.argsort(-logits[ids], kind="stable")]
+        return [int(token) for token in ids[:_LIKELY]]
+
+    def ending(self, matcher: LLMatcher, limit: int) -> list[int] | None:
+        """A short way to a whole text, of at most `limit` ids: by greed, else by a wider search."""
+        found = (self.search(matcher, limit, *extent) for extent in _SEARCHES)
+        return next((ids for ids in found if ids is not None), None)
+
+    def search(
+        self, matcher: LLMatcher, limit: int, width: int = 1, steps: int = _LONGEST
+    ) -> list[int] | None:
+        """Beam search for ways that seldom leave the preferred, or come back to where they were."""
+        beam = [_Way(matcher.deep_copy())]
+        for _ in range(min(limit, steps) + 1):
+            if whole := [way.ids for way in beam if way.matcher.is_accepting()]:
+                return min(whole, key=len)
+            ways = (way for parent in beam for way in self._ways_on(parent, width))
+            within = (way for way in ways if len(way.ids) <= limit)
+            beam = sorted(within, key=lambda way: (way.detours, len(way.ids)))[:width]
+        return None
+
+    def _ways_on(self, way: _Way, width: int) -> Iterator[_Way]:
+        forced = way.matcher.compute_ff_tokens()
+        options = [forced] if forced else [[t] for t in self._options(way.matcher, width)]
+        for number, ids in enumerate(options):
+            ahead = way.matcher.deep_copy()
+            if ahead.try_consume_tokens(ids) == len(ids):
+                # What may come next tells where a way is, if not how often it was there.
+                here = {ahead.compute_bitmask()} if width > 1 and not forced else set()
+                detours = way.detours + number + len(here & way.seen)
+                yield _Way(ahead, way.ids + ids, detours, way.seen | here)
+
+    def _options(self, matcher: LLMatcher, width: int) -> list[int]:
+        """The id that is preferred; and short ones, of those with the same effect only one."""
+        mask = self.mask(matcher)
+        best: list[int] = self._closers(mask)[:1].tolist()
+        if width == 1:
+            return best
+        effects: dict[bytes, int] = {}
+        for token in best + self._shortest[mask[self._shortest]][:_LIKELY].tolist():
+            ahead = matcher.deep_copy()
+            ahead.consume_token(token)
+            effects.setdefault(ahead.compute_bitmask(), token)
+        return list(effects.values())[:width]
+
+    def _closers(self, mask: Mask) -> NDArray[np.int64]:
+        """The ids in `mask`, those first that mostly close what is open."""
+        in_text = self._letters and mask[self._letters].mean() > 0.4
+        order = self._in_text if in_text else self._outside
+        return order[mask[order]]
+
+
+@dataclass
+class _Way:
+    """A beginning of an ending."""
+
+    matcher: LLMatcher
+    ids: list[int] = field(default_factory=list)
+    detours: int = 0
+    seen: frozenset[bytes] = frozenset()
+
+
+def _closes_text(spelled: bytes) -> tuple[int, int]:
+    """Where any letter may come next: quotes first, then words, the longest first."""
+    if spelled[:1] == b'"' and not spelled[1:].strip(b"]}"):
+        return 0, -len(spelled)
+    return 1 if spelled.isalpha() else 2, -len(spelled)
+
+
+def _closes_structure(spelled: bytes) -> tuple[int, int]:
+    """Elsewhere: closing brackets first, then the plainest values, and last what opens more."""
+    if not spelled.strip(b"]}"):
+        return 0, -len(spelled)
+    rank = b'0123456789ntf"[{'.find(spelled[:1])
+    return rank + 1 if rank >= 0 else 99, len(spelled)
+
+
+# Vocabularies by the tokenizer that they are of and by size: the same while it lives.
+_VOCABULARIES: WeakKeyDictionary[SpellsIds, dict[int, _Vocabulary]] = WeakKeyDictionary()
+
+
+def _vocabulary(tokenizer: SpellsIds, size: int) -> _Vocabulary:
+    sizes = _VOCABULARIES.setdefault(tokenizer, {})
+    if size not in sizes:
+        sizes[size] = _Vocabulary(tokenizer, size)
+    return sizes[size]
+
+
+class _Spelling:
+    """The bytes of ids and the ids of bytes, in the middle of a text, for llguidance to ask."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: SpellsIds, size: int, eos: frozenset[int]) -> None:
+        self._encode = tokenizer._inner.encode
+        names, special = _names(tokenizer._inner, size)
+        self.special_token_ids = sorted(special | eos)
+        self.eos_token_id = min(eos, default=None)
+        self.tokens = _token_bytes(tokenizer, names)
+        # Ids without bytes can never be written, and of equals the last is.
+        texts = ((t, b) for t, b in enumerate(self.tokens) if b and t not in special | eos)
+        self.ids = {spelled: token for token, spelled in texts}
+        self._longest = max(map(len, self.ids), default=0)
+        for token in self.special_token_ids:
+            self.tokens[token] = _SPECIAL + names[token].encode()
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The ids as the tokenizer gives them, if they mean the same in the middle of a text."""
+        try:
+            ids: list[int] = self._encode(text.decode(), add_special_tokens=False).ids
+            if b"".join(self.tokens[token] for token in ids) == text:
+                return ids
+        except Exception:  # the library raises no narrower class
+            pass
+        return self._longest_first(text)
+
+    def sorted(self, key: Callable[[bytes], Any]) -> list[int]:
+        """The ids that can be written, by a key of their bytes."""
+        return sorted(self.ids.values(), key=lambda token: (key(self.tokens[token]), token))
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        """As far as there are ids at all."""
+        ids: list[int] = []
+        at = 0
+        while at < len(text):
+            parts = (text[at : at + n] for n in range(self._longest, 0, -1))
+            part = next((part for part in parts if part in self.ids), None)
+            if part is None:
+                break
+            ids.append(self.ids[part])
+            at += len(part)
+        return ids
+
+
+def _token_bytes(tokenizer: SpellsIds, names: Sequence[str]) -> list[bytes]:
+    """What each id adds to a text; nothing for the special, the unknown and the parts of
+    characters that no name tells."""
+    from tokenizers.decoders import ByteLevel
+
+    inner = tokenizer._inner
+    if isinstance(inner.decoder, ByteLevel):
+        return [tokenizer.token_bytes(token) for token in range(len(names))]
+    before = _anchor(inner, len(names))
+    start = len(inner.decode(before))
+    texts = inner.decode_batch([[*before, token] for token, name in enumerate(names) if name])
+    found = iter(texts)
+    return [_spelled(name, next(found)[start:]) if name else b"" for name in names]
+
+
+def _anchor(inner: Any, size: int) -> list[int]:
+    """An id that keeps its text whatever follows, to put others into the middle of a text."""
+    for token in range(size):
+        text = inner.decode([token])
+        if text.isalnum() and inner.decode([token, token]).startswith(text):
+            return [token]
+    return []
+
+
+def _spelled(name: str, text: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
+    if byte and text != name:
+        return bytes.fromhex(byte[1])
+    return b"" if _REPLACEMENT in text else text.encode()
+
+
+def _names(inner: Any, size: int) -> tuple[list[str], set[int]]:
+    """The names of ids, "" where there is none, and those that are special."""
+    names = [inner.id_to_token(token) or "" for token in range(size)]
+    added = inner.get_added_tokens_decoder()
+    return names, {token for token, t in added.items() if t.special and token < size}
+
+
+# --- how much longer one id can make it ---------------------------------------------------------
+
+
+def _stride(constraint: Constraint) -> int:
+    """By how many ids a single one can put off the end, at most: the length in bytes of the largest
+    thing that it can begin, where that has its least size, and a little for several at once.
+
+    For patterns and grammars this is only a guess by their longest line.
+    """
+    if isinstance(constraint, JsonSchema):
+        return _SLACK + _largest_part(json.loads(constraint.text))
+    return _SLACK + max(_least_match(line) for line in constraint.text.splitlines() or [""])
+
+
+def _largest_part(schema: Any) -> int:
+    """Of all parts of a schema, the size of the largest in its smallest form."""
+    parts = list(_objects(schema))
+    sizes = {part["$ref"]: math.inf for part in parts if isinstance(part.get("$ref"), str)}
+    for _ in range(len(sizes)):  # a part that refers to itself ends in some other way
+        sizes = {ref: _least(_referred(schema, ref), sizes) for ref in sizes}
+    found = (_least(part, sizes) for part in parts)
+    return int(max((size for size in found if size < math.inf), default=0))
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _objects(inner)
+
+
+def _referred(schema: Any, reference: str) -> Any:
+    """What a reference points to; anything, where that is not simply a place in the schema."""
+    for key in reference.removeprefix("#").split("/")[1:]:
+        key = unquote(key).replace("~1", "/").replace("~0", "~")
+        found = dict(enumerate(schema)) if isinstance(schema, list) else schema
+        found = {str(name): part for name, part in found.items()} if found else {}
+        schema = found.get(key, True)
+    return schema
+
+
+def _least(schema: Any, sizes: Mapping[str, float]) -> float:
+    """The bytes of the smallest JSON that meets a schema, or more: the sum of all it asks for."""
+    if not isinstance(schema, dict):
+        return _SCALAR
+    values = [schema["const"]] if "const" in schema else _list(schema, "enum")
+    size: float = _SCALAR + max((len(json.dumps(value)) for value in values), default=0)
+    size += 2 * _SCALAR * len(schema.keys() & _BOUNDS)
+    size += sizes.get(schema["$ref"], 0) if isinstance(schema.get("$ref"), str) else 0
+    size += sum(_least(part, sizes) for part in _list(schema, "allOf"))
+    for name in ("anyOf", "oneOf"):
+        size += min((_least(part, sizes) for part in _list(schema, name)), default=0)
+    return size + _least_text(schema) + _least_array(schema, sizes) + _least_object(schema, sizes)
+
+
+def _least_text(schema: Mapping[str, Any]) -> float:
+    pattern = schema.get("pattern")
+    size = _least_match(pattern) if isinstance(pattern, str) else 0
+    return size + _number(schema, "minLength") + (_FORMAT if "format" in schema else 0)
+
+
+def _least_match(pattern: str) -> int:
+    """As if all of it were repeated as often as its most repeated part."""
+    times = [int(n) for n in re.findall(r"[{,]\s*(\d{1,4})\s*[,}]", pattern)]
+    return len(pattern) * max(times, default=1)
+
+
+def _least_array(schema: Mapping[str, Any], sizes: Mapping[str, float]) -> float:
+    first, least = _list(schema, "prefixItems"), _number(schema, "minItems")
+    items = [*first, *[schema.get("items", True)] * (least - len(first))][:least]
+    return sum(2 + _least(item, sizes) for item in items)
+
+
+def _least_object(schema: Mapping[str, Any], sizes: Mapping[str, float]) -> float:
+    properties, others = schema.get("properties"), schema.get("additionalProperties", True)
+    known = properties if isinstance(properties, dict) else {}
+    size = _number(schema, "minProperties") * (_SCALAR + _least(others, sizes))
+    for name in _list(schema, "required"):
+        size += len(json.dumps(name)) + 4 + _least(known.get(name, others), sizes)
+    return size
+
+
+def _list(schema: Mapping[str, Any], name: str) -> list[Any]:
+    value = schema.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _number(schema: Mapping[str, Any], name: str) -> int:
+    value = schema.get(name)
+    return min(value, _LONGEST) if isinstance(value, int) else 0
