@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gptrt.interrupt import Cancellation
     from gptrt.results import Generation, Timings
     from gptrt.scoring import Perplexity, perplexity
+    from gptrt.session import Session
 
 _HOMES = {
     "gptrt.config": ("GenerationConfig",),
@@ -63,6 +64,7 @@ _HOMES = {
     "gptrt.interrupt": ("Cancellation",),
     "gptrt.results": ("Generation", "Timings"),
     "gptrt.scoring": ("Perplexity", "perplexity"),
+    "gptrt.session": ("Session",),
     "gptrt.decoder": ("Decoder",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -88,6 +90,7 @@ __all__ = [
     "Perplexity",
     "PromptError",
     "Regex",
+    "Session",
     "SessionError",
     "Stream",
     "TargetError",

@@ -136,10 +136,7 @@ class Calls:
         pairs = list(zip(prompts, configs, strict=True))
         checked = [(self._checked(ids, config), config) for ids, config in pairs]
         timeouts = [config.timeout for config in configs if config.timeout is not None]
-        interrupt = Interrupt(min(timeouts, default=None))
-        if cancellation is not None:
-            cancellation.link(interrupt.stop)
-            interrupt.on_close = lambda: cancellation.unlink(interrupt.stop)
+        interrupt = Interrupt(min(timeouts, default=None), linked=cancellation)
         alone = len(pairs) == 1 and configs[0].num_return_sequences == 1
         call = Call([], interrupt, progress)
         for ids, config in checked:
@@ -209,9 +206,9 @@ class Calls:
         continuation has a finish reason after it.
         """
         writers = {id(writer.one): writer for writer in call.writers}
-        reading = Reading(self.decoder, call.interrupt, call.progress, self._reuse != "all")
+        reading = self.reading(call.interrupt, call.progress)
         ones = [writer.one for writer in call.writers]
-        with self._listed(call.interrupt):
+        with self.under_way(call.interrupt):
             try:
                 with self._slab(ones, min(rows, len(ones)), slab, reading) as own:
                     for one, token in write(reading, ones, own):
@@ -236,12 +233,16 @@ class Calls:
             if piece := writer.flush():
                 yield writer, piece
 
+    def reading(self, interrupt: Interrupt, progress: Progress | None = None) -> Reading:
+        """How a call reads."""
+        return Reading(self.decoder, interrupt, progress, exact=self._reuse != "all")
+
     def beams(self, prompt: list[int], config: GenerationConfig, call: Call) -> list[Generation]:
         """The results of a beam search, the best first."""
-        reading = Reading(self.decoder, call.interrupt, call.progress, self._reuse != "all")
+        reading = self.reading(call.interrupt, call.progress)
         room = self._room(prompt, config)
         beams = BeamSearch(config, prompt, self.tokenizer.eos_token_ids, room=room)
-        with self._listed(call.interrupt):
+        with self.under_way(call.interrupt):
             slab = self.shelf.lend(len(prompt) + room, config.num_beams)
             try:
                 found = search(reading, prompt, beams, slab)
@@ -270,7 +271,8 @@ class Calls:
         )
 
     @contextmanager
-    def _listed(self, interrupt: Interrupt) -> Iterator[None]:
+    def under_way(self, interrupt: Interrupt) -> Iterator[None]:
+        """What `cancel` ends."""
         with self._lock:
             self._under_way.add(interrupt)
         try:

@@ -19,7 +19,7 @@ from gptrt.calls import Call, Calls, Reuse
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
 from gptrt.decoder import Decoder
-from gptrt.decoding import Runner, Slab
+from gptrt.decoding import Continuation, Runner, Slab
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
 from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
@@ -298,11 +298,13 @@ class Generator:
     # --- how a call begins ------------------------------------------------------------------------
 
     def stream_into(
-        self, slab: Slab, prompt: Prompt, config: GenerationConfig | None, options: dict[str, Any]
-    ) -> tuple[Stream, Call]:
-        """A stream whose prompt is read into a slab of the caller's: for sessions."""
-        calls, call = self._call([prompt], _streamed(config, options), options)
-        return _stream(calls, call, slab), call
+        self, slab: Slab, prompt: Prompt, config: GenerationConfig, options: dict[str, Any]
+    ) -> tuple[Stream, Continuation]:
+        """A stream whose prompt is read into a slab of the caller's, and what it writes: for
+        sessions. Of `options` only those that control the call count."""
+        _refuse_many(config)
+        calls, call = self._call([prompt], [config], options)
+        return _stream(calls, call, slab), call.writers[0].one
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, a text or ids already. Raises PromptError."""
@@ -334,7 +336,8 @@ class Generator:
 _CONTROLS = ("cancellation", "progress")  # of a call, not of what is generated
 
 
-def _config(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+def config_of(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    """What a call asks for. Raises OptionError."""
     given = {name: value for name, value in options.items() if name not in _CONTROLS}
     if config is None:
         return GenerationConfig.from_options(**given)
@@ -345,7 +348,7 @@ def _config(config: GenerationConfig | None, options: dict[str, Any]) -> Generat
 
 def _alone(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig | None:
     """Raises OptionError where there would be several results."""
-    _refuse_several(_config(config, options))
+    _refuse_several(config_of(config, options))
     return config
 
 
@@ -353,15 +356,19 @@ def _streamed(
     config: GenerationConfig | None, options: dict[str, Any]
 ) -> Sequence[GenerationConfig]:
     """Raises OptionError for what is only known at the end."""
-    found = _config(config, options)
-    _refuse_several(found)
-    if found.num_beams > 1:
+    found = config_of(config, options)
+    _refuse_many(found)
+    return [found]
+
+
+def _refuse_many(config: GenerationConfig) -> None:
+    _refuse_several(config)
+    if config.num_beams > 1:
         raise OptionError(
             "options that a stream can honour",
             found="num_beams: what a search finds is known at its end",
             do="use complete",
         )
-    return [found]
 
 
 def _refuse_several(config: GenerationConfig) -> None:
@@ -378,8 +385,8 @@ def _configs(
 ) -> Sequence[GenerationConfig]:
     """One for each prompt."""
     if config is None or isinstance(config, GenerationConfig):
-        return [_config(config, options)] * count
-    configs = [_config(each, options) for each in config]
+        return [config_of(config, options)] * count
+    configs = [config_of(each, options) for each in config]
     if len(configs) != count:
         raise OptionError(
             f"a config for each of {count} prompts", found=f"{len(configs)}", do="give as many"

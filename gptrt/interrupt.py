@@ -62,13 +62,15 @@ class Cancellation:
 class Interrupt(Cancellation):
     """What can end one call: its engine asks for a `handle`, which is told to terminate.
 
-    `seconds` from now it ends by itself, for the reason "time".
+    `seconds` from now it ends by itself, for the reason "time"; `linked` ends it too.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
+    def __init__(self, seconds: float | None = None, *, linked: Cancellation | None = None) -> None:
         super().__init__()
-        self.on_close: Callable[[], None] | None = None
         self._handle: Any = None
+        self._source = linked
+        if linked is not None:
+            linked.link(self.stop)
         self._timer = None
         if seconds is not None:
             self._timer = threading.Timer(seconds, self.stop, ("time",))
@@ -99,5 +101,5 @@ class Interrupt(Cancellation):
         """The call is over."""
         if self._timer is not None:
             self._timer.cancel()
-        if self.on_close is not None:
-            self.on_close()
+        if self._source is not None:
+            self._source.unlink(self.stop)

@@ -63,11 +63,11 @@ class Shelf:
                 larger.rows[0].become(best.rows[0], common)
             return larger
         finally:
-            self._forget(best)
+            self.drop(best)
 
     def take_back(self, slab: Slab) -> None:
         """The call is over. One row is kept for the next call, a batch is not."""
-        self._forget(slab)
+        self.drop(slab)
         if len(slab.rows) == 1:
             with self._lock:
                 self._kept.append(slab)
@@ -78,7 +78,8 @@ class Shelf:
         with self._lock:
             self._kept.clear()
 
-    def _forget(self, slab: Slab) -> None:
+    def drop(self, slab: Slab) -> None:
+        """It is not needed any more, nor is what it holds."""
         with self._lock:
             self._lent -= self._bytes(slab)
 

@@ -1,0 +1,341 @@
+"""Sessions: a text in the making, which the application appends to, lets the model continue, takes
+back, forks, and saves.
+
+A session file is
+
+    gptrt-session\\n  length of the header (8 bytes, little-endian)  header  values  sha256
+
+with a header in JSON and the digest over everything before it. It is bound to the model by the
+fingerprint of its graph and weights, and read with nothing but bounds checks: no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from gptrt.architecture import MAX_COUNT
+from gptrt.calls import check_prompt
+from gptrt.config import GenerationConfig
+from gptrt.decoding import Progress, Slab
+from gptrt.errors import PromptError, SessionError, TargetError, first_line
+from gptrt.generator import Generator, Prompt, Stream, config_of
+from gptrt.interrupt import Cancellation, Interrupt, Interrupted
+from gptrt.results import Generation
+from gptrt.schema import bounded, decode
+
+_MAGIC = b"gptrt-session\n"
+_VERSION = 1
+_MAX_HEADER = 1 << 28
+_DIGEST = 32  # bytes
+
+
+@dataclass(frozen=True)
+class _Header:
+    """`ids` are the text; keys and values are of the first `read` of them, `exact` of which passes
+    have read."""
+
+    version: int
+    model: str
+    ids: tuple[int, ...]
+    read: int = bounded(0, MAX_COUNT)
+    exact: int = bounded(0, MAX_COUNT)
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.version != _VERSION:
+            found.append(f"version {self.version}, this gptrt reads {_VERSION}")
+        if not self.exact <= self.read <= len(self.ids):
+            found.append("more is read than there are ids")
+        return found
+
+
+class Session:
+    """A text in the making.
+
+    `context_overflow` says what happens where the context is full, here and in `generate`: "stop"
+    refuses more text, "slide" lets the beginning go, as `GenerationConfig` says.
+
+    It belongs to one thread at a time: what comes meanwhile from another raises SessionError. The
+    generator may be used beside it, and by other sessions.
+
+    >>> session = Session(generator)
+    >>> session.append("Once upon a time")
+    >>> session.generate(max_new_tokens=20)
+    >>> other = session.fork()
+    """
+
+    def __init__(
+        self, generator: Generator, *, context_overflow: Literal["stop", "slide"] = "stop"
+    ) -> None:
+        self._policy = {"context_overflow": context_overflow}
+        self._generator = generator
+        self._ids: list[int] = []
+        self._slab: Slab | None = None
+        self._busy = threading.Lock()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(self._ids)
+
+    @property
+    def text(self) -> str:
+        """All of it, what was appended and what was generated."""
+        return self._generator.tokenizer.decode(self._ids)
+
+    def __len__(self) -> int:
+        """In ids."""
+        return len(self._ids)
+
+    def append(
+        self,
+        text: Prompt,
+        *,
+        cancellation: Cancellation | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Go on with a text, or with ids. It is read at once, so that `generate` begins soon; what
+        was cancelled on the way is read then.
+
+        Raises PromptError where the context has no room for it.
+        """
+        with self._alone():
+            new = self._encoded(text)
+            check_prompt(new, self._generator.decoder.vocab_size)
+            fits = len(self._ids) + len(new) <= self._context
+            if not fits and self._policy["context_overflow"] == "stop":
+                raise PromptError(
+                    f"at most {self._context - len(self._ids)} tokens more in this session",
+                    found=f"{len(new)}",
+                    do="rewind it, append less, or make it with context_overflow='slide'",
+                )
+            self._ids += new
+            if fits:
+                self._read(cancellation, progress)
+
+    def generate(self, *, config: GenerationConfig | None = None, **options: Any) -> str:
+        """What the model continues the text with; it becomes part of it. Options as those of
+        `Generator.generate`."""
+        return self.complete(config=config, **options).text
+
+    def complete(self, *, config: GenerationConfig | None = None, **options: Any) -> Generation:
+        """The same with its ids, and why it ended."""
+        with self.stream(config=config, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result
+
+    def stream(self, *, config: GenerationConfig | None = None, **options: Any) -> Stream:
+        """The same in pieces. What was generated when the stream is left is part of the text; the
+        session is taken from its first piece on."""
+        asked = config_of(config, self._policy | options if config is None else options)
+        results: list[Callable[[], Generation]] = []
+
+        def pieces() -> Iterator[str]:
+            with self._alone():
+                slab = self._grown(min(len(self._ids) + asked.max_new_tokens, self._context))
+                inner, one = self._generator.stream_into(slab, self._ids, asked, options)
+                results.append(lambda: inner.result)
+                try:
+                    yield from inner
+                finally:
+                    inner.close()
+                    self._ids += one.ids
+
+        def result() -> Generation:
+            return results[0]() if results else Generation("", self.ids, (), "cancelled")
+
+        return Stream(pieces(), result)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` ids. Raises PromptError if there are fewer."""
+        with self._alone():
+            if type(length) is not int or not 0 <= length <= len(self._ids):
+                raise PromptError(
+                    f"a length from 0 to {len(self._ids)}", found=repr(length), do="correct it"
+                )
+            del self._ids[length:]
+
+    def fork(self) -> Session:
+        """Another session that begins with the same text; both go on independently."""
+        with self._alone():
+            twin = Session(self._generator)
+            twin._policy = self._policy
+            twin._ids = list(self._ids)
+            calls = self._generator.calls
+            if self._slab is not None and calls.decoder.copies:
+                row = self._slab.rows[0]
+                twin._slab = calls.shelf.lend(self._slab.capacity)
+                twin._slab.rows[0].become(row, len(row.ids))
+            return twin
+
+    def close(self) -> None:
+        """Let go of its memory. The text stays, and is read again if it is needed."""
+        with self._alone():
+            if self._slab is not None:
+                self._generator.calls.shelf.take_back(self._slab)
+                self._slab = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- on disk ----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write text, keys and values into one file; either all of it or nothing. Raises
+        SessionError for a decoder that cannot be told from others."""
+        with self._alone():
+            row = self._slab.rows[0] if self._slab is not None else None
+            read = row.common(self._ids) if row is not None else 0
+            exact = min(read, row.exact) if row is not None else 0
+            model = _fingerprint(self._generator)
+            header = json.dumps(asdict(_Header(_VERSION, model, tuple(self._ids), read, exact)))
+            head = header.encode()
+            values = row.cache.buffers.read(read) if row is not None else b""
+            _write_whole(Path(path), [_MAGIC, len(head).to_bytes(8, "little"), head, values])
+
+    @classmethod
+    def load(cls, generator: Generator, path: str | os.PathLike[str]) -> Session:
+        """The session that was saved. Raises SessionError for a file that is damaged, of another
+        version, or of another model."""
+        header, values = _read(Path(path))
+        model = _fingerprint(generator)
+        if header.model != model:
+            raise SessionError(
+                f"a session of this model, {model[:16]}…",
+                found=f"one of {header.model[:16]}…",
+                do="open it with the bundle that it was saved with",
+            )
+        self = cls(generator)
+        self._ids = list(header.ids)
+        vocab_size, context = generator.decoder.vocab_size, generator.decoder.context
+        if any(not 0 <= token < vocab_size for token in header.ids) or header.read > context:
+            raise _damaged(path, "ids or lengths that the model has not")
+        if header.read:
+            self._slab = generator.calls.shelf.lend(header.read)
+            row = self._slab.rows[0]
+            try:
+                row.cache.buffers.write(values, header.read)
+            except ValueError as e:
+                self.close()
+                raise _damaged(path, str(e)) from e
+            row.cache.go_to(header.read)
+            row.ids, row.exact = self._ids[: header.read], header.exact
+        elif values:
+            raise _damaged(path, "values of nothing")
+        return self
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _encoded(self, text: Prompt) -> list[int]:
+        if isinstance(text, str) and self._ids:
+            return self._generator.tokenizer.encode(text, whole=False)
+        return self._generator.encode(text)
+
+    def _read(self, cancellation: Cancellation | None, progress: Progress | None) -> None:
+        slab, calls = self._grown(len(self._ids)), self._generator.calls
+        interrupt = Interrupt(linked=cancellation)
+        with calls.under_way(interrupt), suppress(Interrupted):
+            calls.reading(interrupt, progress).read(slab.rows[0], self._ids)
+
+    def _grown(self, capacity: int) -> Slab:
+        """The slab, with so much room at least."""
+        shelf, old = self._generator.calls.shelf, self._slab
+        if old is not None and old.capacity >= min(capacity, self._context):
+            return old
+        # Twice as much, so that a text that grows in many parts is not copied for each.
+        double = 2 * old.capacity if old is not None else 0
+        self._slab = shelf.lend(min(self._context, max(capacity, double)))
+        if old is not None:
+            if self._generator.decoder.copies:
+                self._slab.rows[0].become(old.rows[0], len(old.rows[0].ids))
+            shelf.drop(old)
+        return self._slab
+
+    @property
+    def _context(self) -> int:
+        return self._generator.decoder.context
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise SessionError(
+                "a session that nothing else uses",
+                found="one that is generating, or in another thread",
+                do="end the stream first, or fork the session for each thread",
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def _fingerprint(generator: Generator) -> str:
+    fingerprint = generator.decoder.fingerprint
+    if not fingerprint:
+        raise SessionError(
+            "a bundle, whose files are hashed, to save sessions of",
+            found="a decoder that another tool exported",
+            do="keep the ids, and append them to a new session",
+        )
+    return fingerprint
+
+
+def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
+    """Beside the target first, so that an interruption leaves what was there."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        digest = hashlib.sha256()
+        with draft.open("wb") as stream:
+            for part in parts:
+                digest.update(part)
+                stream.write(part)
+            stream.write(digest.digest())
+        draft.replace(path)
+    except OSError as e:
+        draft.unlink(missing_ok=True)
+        raise TargetError(f"to write {path}", found=e.strerror or str(e), do="check it") from e
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> tuple[_Header, bytes]:
+    """Header and values. Raises SessionError."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        found = e.strerror or str(e)
+        raise SessionError(f"a session file at {path}", found=found, do="check the path") from e
+    start = len(_MAGIC) + 8
+    if not data.startswith(_MAGIC) or len(data) < start + _DIGEST:
+        raise _damaged(path, "no session file")
+    body, digest = data[:-_DIGEST], data[-_DIGEST:]
+    if hashlib.sha256(body).digest() != digest:
+        raise _damaged(path, "another sha256 than it was written with")
+    size = int.from_bytes(body[len(_MAGIC) : start], "little")
+    if size > min(_MAX_HEADER, len(body) - start):
+        raise _damaged(path, f"a header of {size} bytes")
+    try:
+        value = json.loads(body[start : start + size])
+    except (ValueError, RecursionError) as e:
+        raise _damaged(path, first_line(e)) from e
+    header = decode(_Header, value, error=SessionError, source=f"header of {path}")
+    return header, body[start + size :]
+
+
+def _damaged(path: str | os.PathLike[str], found: str) -> SessionError:
+    return SessionError(f"a whole session file at {path}", found=found, do="save the session again")
