@@ -9,6 +9,7 @@ that fits, and lets nothing through after which there is none.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 import json
 import math
 import re
@@ -98,6 +99,8 @@ Constraint = JsonSchema | Regex | Grammar
 
 # One way to lay JSON out: a choice would only be a chance to ramble.
 _LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+# As \uXXXX a name that has a schema would pass for one that has none.
+_ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
 
 
 def _source(constraint: Constraint) -> str:
@@ -111,7 +114,8 @@ def _source(constraint: Constraint) -> str:
     schema = json.loads(constraint.text)
     if isinstance(schema, bool):
         schema = {} if schema else {"anyOf": [False]}
-    return LLMatcher.grammar_from_json_schema(schema, defaults=_LAYOUT)  # type: ignore[arg-type]
+    layout = _LAYOUT if "\\u" in constraint.text else _LAYOUT | _ESCAPES
+    return LLMatcher.grammar_from_json_schema(schema, defaults=layout)  # type: ignore[arg-type]
 
 
 def _refused(wanted: str, found: str) -> OptionError:
@@ -400,7 +404,7 @@ class _Vocabulary:
                 return min(whole, key=len)
             ways = (way for parent in beam for way in self._ways_on(parent, width))
             within = (way for way in ways if len(way.ids) <= limit)
-            beam = sorted(within, key=lambda way: (way.detours, len(way.ids)))[:width]
+            beam = sorted(within, key=lambda way: (way.again, way.detours, len(way.ids)))[:width]
         return None
 
     def _ways_on(self, way: _Way, width: int) -> Iterator[_Way]:
@@ -410,9 +414,9 @@ class _Vocabulary:
             ahead = way.matcher.deep_copy()
             if ahead.try_consume_tokens(ids) == len(ids):
                 # What may come next tells where a way is, if not how often it was there.
-                here = {ahead.compute_bitmask()} if width > 1 and not forced else set()
-                detours = way.detours + number + len(here & way.seen)
-                yield _Way(ahead, way.ids + ids, detours, way.seen | here)
+                here = ahead.compute_bitmask() if width > 1 and not forced else b""
+                again = way.seen[here] if here else 0
+                yield _Way(ahead, way.ids + ids, way.again + again, way.detours + number, way.seen + Counter([here]))
 
     def _options(self, matcher: LLMatcher, width: int) -> list[int]:
         """The id that is preferred; and short ones, of those with the same effect only one."""
@@ -440,8 +444,9 @@ class _Way:
 
     matcher: LLMatcher
     ids: list[int] = field(default_factory=list)
+    again: int = 0
     detours: int = 0
-    seen: frozenset[bytes] = frozenset()
+    seen: Counter[bytes] = field(default_factory=Counter)
 
 
 def _closes_text(spelled: bytes) -> tuple[int, int]:
@@ -455,7 +460,7 @@ def _closes_structure(spelled: bytes) -> tuple[int, int]:
     """Elsewhere: closing brackets first, then the plainest values, and last what opens more."""
     if not spelled.strip(b"]}"):
         return 0, -len(spelled)
-    rank = b'0123456789ntf"[{'.find(spelled[:1])
+    rank = b',:1234567890ntf"[{'.find(spelled[:1])
     return rank + 1 if rank >= 0 else 99, len(spelled)
 
 

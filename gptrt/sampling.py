@@ -80,7 +80,7 @@ def ban(logits: Logits, ids: Sequence[int] | Ids) -> Logits:
     if not len(ids):
         return logits
     result = logits.copy()
-    result[ids] = -np.inf
+    result[np.asarray(ids)] = -np.inf  # a tuple would be taken for axes
     return result
 
 

@@ -15,13 +15,14 @@ _GRAIN = 64  # positions: a call that is a little longer finds room in what is k
 class Shelf:
     """The caches of one decoder. Threads may share it.
 
-    `limit` bounds the bytes of all that is lent and kept together. What is kept makes room first.
+    `limit` bounds the bytes of all that is lent and kept together; what is kept makes room first.
+    `lent` are those of calls and sessions under way.
     """
 
     def __init__(self, decoder: Runner, *, limit: int | None = None) -> None:
         self._decoder, self._limit = decoder, limit
         self._kept: list[Slab] = []  # of one row each, the longest unused first
-        self._lent = 0  # bytes
+        self.lent = 0  # bytes
         self._lock = threading.Lock()
 
     def lend(self, capacity: int, batch: int = 1) -> Slab:
@@ -37,12 +38,12 @@ class Shelf:
                     found=f"{size:,} for {batch} x {capacity} positions",
                     do="ask for fewer new tokens or prompts, or raise memory_limit",
                 )
-            self._lent += size
+            self.lent += size
         try:
             return Slab(self._decoder.new_cache(capacity, batch))
         except BaseException:
             with self._lock:
-                self._lent -= size
+                self.lent -= size
             raise
 
     def lend_for(self, ids: Sequence[int], capacity: int, reading: Reading) -> Slab:
@@ -52,7 +53,7 @@ class Shelf:
             common = reading.usable(best.rows[0], ids) if best else 0
             if best is not None and common:
                 self._kept.remove(best)
-                self._lent += self._bytes(best)
+                self.lent += self._bytes(best)
         if best is None or not common:
             return self.lend(capacity)
         if best.capacity >= min(capacity, self._decoder.context):
@@ -81,10 +82,10 @@ class Shelf:
     def drop(self, slab: Slab) -> None:
         """It is not needed any more, nor is what it holds."""
         with self._lock:
-            self._lent -= self._bytes(slab)
+            self.lent -= self._bytes(slab)
 
     def _bytes(self, slab: Slab) -> int:
         return self._decoder.cache_bytes(slab.capacity, len(slab.rows))
 
     def _taken(self) -> int:
-        return self._lent + sum(map(self._bytes, self._kept))
+        return self.lent + sum(map(self._bytes, self._kept))

@@ -72,8 +72,12 @@ class Tokenizer:
 
     def endless(self) -> Tokenizer:
         """The same, with no id that ends a text: for measuring and for comparing ids."""
+        return self.ending_with(())
+
+    def ending_with(self, eos_token_ids: Iterable[int]) -> Tokenizer:
+        """The same, with other ids that end a text."""
         twin = copy.copy(self)
-        twin.eos_token_ids = ()
+        twin.eos_token_ids = tuple(eos_token_ids)
         return twin
 
     @property

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gptrt import sampling
 from gptrt.config import GenerationConfig
-from gptrt.errors import FidelityError
+from gptrt.errors import FidelityError, OptionError
 from gptrt.sampling import Sampler
 
 GONE = -np.inf
@@ -140,6 +140,11 @@ def test_no_end_before_min_new_tokens() -> None:
     assert [sampler.next(array(0, 1, 2)) for _ in range(3)] == [1, 1, 2]
 
 
+def test_any_of_several_ends_is_put_off() -> None:
+    sampler = Sampler(GenerationConfig(min_new_tokens=1), [0], eos_token_ids=(1, 2), room=2)
+    assert [sampler.next(array(0, 1, 2)) for _ in range(2)] == [0, 2]
+
+
 def test_what_is_chosen_counts_as_read() -> None:
     sampler = Sampler(GenerationConfig(no_repeat_ngram_size=1), [3], room=3)
     assert [sampler.next(array(1, 2, 3, 4)) for _ in range(3)] == [2, 1, 0]
@@ -153,6 +158,56 @@ def test_without_a_seed_two_samplers_differ() -> None:
 
 def _samplers(config: GenerationConfig, count: int) -> list[Sampler]:
     return [Sampler(config, [0], room=8) for _ in range(count)]
+
+
+# --- the chain ----------------------------------------------------------------------------------
+
+
+def test_a_bias_moves_a_choice_and_only_that() -> None:
+    biased = Sampler(GenerationConfig(logit_bias={1: 5.0, 2: -5.0}), [0], room=2)
+    assert biased.next(array(0, 1, 2)) == 1
+    assert biased.next(array(0, -6, 4.5)) == 0
+
+
+def test_a_processor_sees_all_ids_and_what_the_others_left() -> None:
+    seen: list[list[int]] = []
+
+    def forbid(ids: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(ids.tolist())
+        assert logits[3] == GONE
+        return np.where(np.arange(len(logits)) == ids[-1], GONE, logits).astype(np.float32)
+
+    config = GenerationConfig(logits_processor=forbid, bad_words_ids=[[3]])
+    sampler = Sampler(config, [0, 2], room=3)
+    assert [sampler.next(array(0, 1, 2, 9)) for _ in range(3)] == [1, 2, 1]
+    assert seen == [[0, 2], [0, 2, 1], [0, 2, 1, 2]]
+
+
+@pytest.mark.parametrize("wrong", [None, 3.0, array(1, 2), [0, 1, 2]])
+def test_what_a_processor_gives_is_checked(wrong: Any) -> None:
+    sampler = Sampler(GenerationConfig(logits_processor=lambda ids, logits: wrong), [0], room=1)
+    with pytest.raises(OptionError, match=r"wanted logits \[3\] from a logits_processor"):
+        sampler.next(array(0, 1, 2))
+
+
+def test_a_guess_is_what_would_be_chosen_and_decides_nothing() -> None:
+    config = GenerationConfig(temperature=1.0, no_repeat_ngram_size=1, seed=4)
+    plain, guessing = (Sampler(config, [0], room=6) for _ in range(2))
+    logits = np.zeros(50, np.float32)
+    ahead: list[int] = []
+    for _ in range(5):
+        ahead.append(guessing.guess(logits, ahead))
+    chosen = [plain.next(logits) for _ in range(5)]
+    assert ahead == chosen
+    assert [guessing.next(logits) for _ in range(5)] == chosen
+
+
+def test_log_probabilities_are_those_of_the_softmax() -> None:
+    logits = array(1, 3, 2, -1)
+    wanted = np.log(np.exp(logits) / np.exp(logits).sum())
+    np.testing.assert_allclose(sampling.log_probabilities(logits, [2, 0]), wanted[[2, 0]], 1e-6)
+    assert sampling.most_likely(array(1, 3, 3, 2), 3).tolist() == [1, 2, 3]
+    assert sampling.most_likely(array(1, 3), 5).tolist() == [1, 0]
 
 
 # --- against transformers -----------------------------------------------------------------------
@@ -180,6 +235,11 @@ PAIRS: list[tuple[str, dict[str, Any], Function]] = [
         "NoRepeatNGramLogitsProcessor",
         {"ngram_size": 2},
         lambda x, ids: sampling.no_repeat_ngram(x, ids, 2),
+    ),
+    (
+        "SequenceBiasLogitsProcessor",
+        {"sequence_bias": [[[3], 2.5], [[7], -4.0]]},
+        lambda x, _: sampling.add_bias(x, np.array([3, 7]), array(2.5, -4.0)),
     ),
     (
         "NoBadWordsLogitsProcessor",

@@ -1,0 +1,167 @@
+"""Beam search: the same sequences as transformers, on the same weights."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint import load_checkpoint, save_checkpoint
+from export.options import ConvertOptions
+from export.pipeline import convert
+from export.runs import Run
+from gptrt.errors import OptionError
+from gptrt.generator import Generator
+from gptrt.interrupt import Cancellation
+from gptrt.testing import EOS, VOCAB, FakeDecoder, byte_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="the reference implementation")
+
+PROMPTS = ([5, 250, 17, 3], [40, 41], [7] * 9)
+
+
+@pytest.fixture(scope="module")
+def pair(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, Any]:
+    """A model in fp32, as a bundle and as transformers opens its checkpoint."""
+    folder = tmp_path_factory.mktemp("beams")
+    convert(run.path, folder / "bundle", ConvertOptions("none"))
+    save_checkpoint(load_checkpoint(run.path).alone(), folder / "theirs")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder / "theirs").eval()
+    return Generator(folder / "bundle", device="cpu", threads=1), reference
+
+
+def by_transformers(
+    model: Any, prompt: list[int], eos: list[int], **options: Any
+) -> tuple[list[list[int]], list[float]]:
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            eos_token_id=eos or None,
+            pad_token_id=VOCAB,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    rows = [row[len(prompt) :].tolist() for row in found.sequences]
+    ended = [list(itertools.takewhile(lambda t: t not in (*eos, VOCAB), row)) for row in rows]
+    return ended, found.sequences_scores.tolist()
+
+
+@pytest.mark.parametrize("ends", [(), (0,), (12, 290), tuple(range(0, 300, 7))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True},
+        {"num_beams": 3, "length_penalty": -1.0, "early_stopping": "never"},
+        {"num_beams": 5, "length_penalty": 0.0, "early_stopping": "never"},
+        {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"num_beams": 4, "min_new_tokens": 6, "num_return_sequences": 2},
+    ],
+)
+def test_beams_are_those_of_transformers(
+    pair: tuple[Generator, Any], options: dict[str, Any], ends: tuple[int, ...]
+) -> None:
+    ours, reference = pair
+    generator = Generator.from_parts(ours.decoder, ours.tokenizer.ending_with(ends))
+    for prompt in PROMPTS:
+        wanted, scores = by_transformers(
+            reference, prompt, list(ends), max_new_tokens=12, **options
+        )
+        found = generator.complete_batch([prompt], max_new_tokens=12, **options)
+        assert [list(result.ids) for result in found] == wanted
+        np.testing.assert_allclose([result.score for result in found], scores, atol=1e-4)
+
+
+def test_one_beam_is_greedy(pair: tuple[Generator, Any]) -> None:
+    generator, _ = pair
+    for prompt in PROMPTS:
+        found = generator.complete(prompt, num_beams=1, max_new_tokens=10)
+        assert found.ids == generator.complete(prompt, max_new_tokens=10).ids
+        assert found.score is None
+
+
+def test_a_beam_finds_what_greedy_misses() -> None:
+    """After "x" "a" is likelier than "b", but after "b" the next is certain."""
+
+    def predict(seen: list[int]) -> Any:
+        logits = np.full(VOCAB, -20, np.float32)
+        if seen[-1] == ord("b"):
+            logits[ord("!")] = 0
+        elif seen[-1] == ord("x"):
+            logits[[ord("a"), ord("b")]] = np.log([0.6, 0.4])
+        elif seen[-1] == ord("!"):
+            logits[EOS] = 0
+        else:
+            logits[:100] = 0
+        return logits
+
+    generator = Generator.from_parts(FakeDecoder(predict), byte_tokenizer())
+    assert generator.generate("x", max_new_tokens=3).startswith("a")
+    best, *others = generator.complete_batch(["x"], num_beams=3, num_return_sequences=2)
+    assert (best.text, best.finish_reason) == ("b!", "stop")
+    assert others[0].score is not None and best.score is not None
+    assert others[0].score <= best.score
+
+
+def test_prompts_with_beams_and_without_go_in_one_call(pair: tuple[Generator, Any]) -> None:
+    generator, _ = pair
+    configs = [
+        generator_config(num_beams=3, num_return_sequences=2),
+        generator_config(),
+        generator_config(temperature=0.9, seed=1, num_return_sequences=3),
+    ]
+    found = generator.complete_batch(PROMPTS, config=configs)
+    assert [result.score is None for result in found] == [False, False, True, True, True, True]
+    alone = generator.complete(PROMPTS[1], config=configs[1])
+    assert found[2].ids == alone.ids
+
+
+def generator_config(**options: Any) -> Any:
+    from gptrt.config import GenerationConfig
+
+    return GenerationConfig(max_new_tokens=8, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.5},
+        {"do_sample": True},
+        {"stop_strings": "x"},
+        {"prompt_lookup_num_tokens": 3},
+        {"num_return_sequences": 3},
+    ],
+)
+def test_what_a_search_cannot_honour_is_refused(
+    pair: tuple[Generator, Any], options: dict[str, Any]
+) -> None:
+    with pytest.raises(OptionError, match="num_beams"):
+        pair[0].complete_batch(["x"], num_beams=2, **options)
+
+
+def test_a_search_has_no_stream(pair: tuple[Generator, Any]) -> None:
+    with pytest.raises(OptionError, match="known at its end"):
+        pair[0].stream("x", num_beams=2)
+
+
+def test_a_cancelled_search_gives_what_it_has(pair: tuple[Generator, Any]) -> None:
+    stop = Cancellation()
+    stop.cancel()
+    (found,) = pair[0].complete_batch([PROMPTS[0]], num_beams=3, cancellation=stop)
+    assert (found.ids, found.finish_reason) == ((), "cancelled")
+
+
+def test_beams_need_a_row_each_and_no_more(run: Run, bundle: Path) -> None:
+    generator = Generator(bundle, threads=1, memory_limit=1 << 30)
+    calls = generator.calls
+    generator.complete("The king", num_beams=3, max_new_tokens=4)
+    assert calls.shelf.lent == 0
