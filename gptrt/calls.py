@@ -103,7 +103,7 @@ class Call:
 
 
 class Calls:
-    """A decoder, its tokenizer, and what calls to them share."""
+    """A decoder, its tokenizer, and what calls to them share; `listed` are those under way."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Calls:
         self.shelf = Shelf(decoder, limit=limit)
         self._draft, self._reuse = draft, reuse
         self._lock = threading.Lock()
-        self._under_way: set[Interrupt] = set()
+        self.listed: set[Interrupt] = set()
 
     # --- before -----------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class Calls:
     def cancel(self) -> None:
         """End every call that is under way."""
         with self._lock:
-            under_way = list(self._under_way)
+            under_way = list(self.listed)
         for interrupt in under_way:
             interrupt.cancel()
 
@@ -274,12 +274,12 @@ class Calls:
     def under_way(self, interrupt: Interrupt) -> Iterator[None]:
         """What `cancel` ends."""
         with self._lock:
-            self._under_way.add(interrupt)
+            self.listed.add(interrupt)
         try:
             yield
         finally:
             with self._lock:
-                self._under_way.discard(interrupt)
+                self.listed.discard(interrupt)
             interrupt.close()
 
     @contextmanager

@@ -9,12 +9,12 @@ that fits, and lets nothing through after which there is none.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
@@ -32,8 +32,7 @@ Logits = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 _LONGEST = 4096  # ids: what takes more to end is refused
-# Searches for an ending, until one finds it: how many ways to follow at once, for how many steps.
-_SEARCHES = ((1, 1024), (4, 128), (16, 128), (1, _LONGEST))
+_ATTEMPTS = (1024, *[256] * 48, _LONGEST)  # at an ending: choices until it is given up
 _LIKELY = 256  # ids that are tried near the end of the room
 _SEARCHED = 8  # of these, so many may need another ending than the one that is known
 # For guesses at sizes, in bytes.
@@ -139,9 +138,14 @@ class Guide:
     """
 
     def __init__(
-        self, vocabulary: _Vocabulary, matcher: LLMatcher, ending: list[int], stride: int
+        self,
+        vocabulary: _Vocabulary,
+        finder: _Finder,
+        matcher: LLMatcher,
+        ending: list[int],
+        stride: int,
     ) -> None:
-        self._vocabulary, self._matcher = vocabulary, matcher
+        self._vocabulary, self._finder, self._matcher = vocabulary, finder, matcher
         self._written = 0  # ids of text
         self._ended = 0  # ids of its end
         self._stride = stride  # by how much one id can make the shortest ending longer
@@ -241,7 +245,7 @@ class Guide:
         if self._mask is None:
             mask = np.zeros(self._vocabulary.size, bool)
             if not self._ended and not self._matcher.is_stopped():
-                mask = self._vocabulary.mask(self._matcher)
+                mask = self._vocabulary.mask(self._matcher.compute_bitmask())
             self._mask = np.where(self._vocabulary.ends, self._whole(), mask)
         return self._mask
 
@@ -269,11 +273,11 @@ class Guide:
         if self._whole():
             self._ending = []
         elif not self._sure and not self._vocabulary.ends_with(self._matcher, self._ending):
-            self._ending = self._vocabulary.ending(self._matcher, _LONGEST) or []
+            self._ending = self._finder.find(self._matcher, _LONGEST) or []
             if not self._ending:
                 raise self._stuck()
         if len(self._ending) > self._room:
-            shorter = self._vocabulary.ending(self._matcher, int(self._room))
+            shorter = self._finder.find(self._matcher, int(self._room))
             self._ending = shorter or self._ending
         self._sure, self._bound = True, float(len(self._ending))
         if self._bound > self._room:
@@ -309,7 +313,7 @@ class Guide:
         if next(searches, None) is None:
             return None
         ahead = self._matcher.deep_copy()
-        return self._vocabulary.search(ahead, room) if ahead.consume_token(token) else None
+        return self._finder.walk(ahead, room) if ahead.consume_token(token) else None
 
     def _foresee(self, token: int) -> None:
         """What is known of the ending once `token` was chosen."""
@@ -357,16 +361,17 @@ class _Vocabulary:
             raise _refused(wanted, first_line(e)) from e
         if matcher.is_error():
             raise _refused(wanted, _said(matcher))
-        ending = self.ending(matcher, _LONGEST)
+        finder = _Finder(self)
+        ending = finder.find(matcher, _LONGEST)
         if ending is None:
             raise _refused(
                 f"a constraint that {_LONGEST} tokens of this vocabulary can meet", "no way to"
             )
-        return Guide(self, matcher, ending, _stride(constraint))
+        return Guide(self, finder, matcher, ending, _stride(constraint))
 
-    def mask(self, matcher: LLMatcher) -> Mask:
-        """The ids that may come next."""
-        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    def mask(self, bits: bytes) -> Mask:
+        """The ids that may come next, from llguidance's bitmask."""
+        packed = np.frombuffer(bits, np.uint8)
         return np.unpackbits(packed, count=self.size, bitorder="little").view(bool)
 
     def consumes(self, matcher: LLMatcher, token: int) -> bool:
@@ -381,7 +386,7 @@ class _Vocabulary:
     def likely(self, mask: Mask, logits: Logits | None) -> list[int]:
         """The likeliest of the ids of text in `mask`; without logits, those likely to close it."""
         if logits is None:
-            ids = self._closers(mask)
+            ids = self.closers(mask)
         else:
             ids = np.flatnonzero(mask & ~self.ends)
             if len(ids) > _LIKELY:
@@ -389,64 +394,86 @@ class _Vocabulary:
             ids = ids[np.argsort(-logits[ids], kind="stable")]
         return [int(token) for token in ids[:_LIKELY]]
 
-    def ending(self, matcher: LLMatcher, limit: int) -> list[int] | None:
-        """A short way to a whole text, of at most `limit` ids: by greed, else by a wider search."""
-        found = (self.search(matcher, limit, *extent) for extent in _SEARCHES)
-        return next((ids for ids in found if ids is not None), None)
-
-    def search(
-        self, matcher: LLMatcher, limit: int, width: int = 1, steps: int = _LONGEST
-    ) -> list[int] | None:
-        """Beam search for ways that seldom leave the preferred, or come back to where they were."""
-        beam = [_Way(matcher.deep_copy())]
-        for _ in range(min(limit, steps) + 1):
-            if whole := [way.ids for way in beam if way.matcher.is_accepting()]:
-                return min(whole, key=len)
-            ways = (way for parent in beam for way in self._ways_on(parent, width))
-            within = (way for way in ways if len(way.ids) <= limit)
-            beam = sorted(within, key=lambda way: (way.again, way.detours, len(way.ids)))[:width]
-        return None
-
-    def _ways_on(self, way: _Way, width: int) -> Iterator[_Way]:
-        forced = way.matcher.compute_ff_tokens()
-        options = [forced] if forced else [[t] for t in self._options(way.matcher, width)]
-        for number, ids in enumerate(options):
-            ahead = way.matcher.deep_copy()
-            if ahead.try_consume_tokens(ids) == len(ids):
-                # What may come next tells where a way is, if not how often it was there.
-                here = ahead.compute_bitmask() if width > 1 and not forced else b""
-                again = way.seen[here] if here else 0
-                yield _Way(ahead, way.ids + ids, way.again + again, way.detours + number, way.seen + Counter([here]))
-
-    def _options(self, matcher: LLMatcher, width: int) -> list[int]:
-        """The id that is preferred; and short ones, of those with the same effect only one."""
-        mask = self.mask(matcher)
-        best: list[int] = self._closers(mask)[:1].tolist()
-        if width == 1:
-            return best
-        effects: dict[bytes, int] = {}
-        for token in best + self._shortest[mask[self._shortest]][:_LIKELY].tolist():
-            ahead = matcher.deep_copy()
-            ahead.consume_token(token)
-            effects.setdefault(ahead.compute_bitmask(), token)
-        return list(effects.values())[:width]
-
-    def _closers(self, mask: Mask) -> NDArray[np.int64]:
+    def closers(self, mask: Mask) -> NDArray[np.int64]:
         """The ids in `mask`, those first that mostly close what is open."""
         in_text = self._letters and mask[self._letters].mean() > 0.4
         order = self._in_text if in_text else self._outside
         return order[mask[order]]
 
+    def shortest(self, mask: Mask) -> NDArray[np.int64]:
+        """The ids in `mask`, those of the fewest bytes first."""
+        return self._shortest[mask[self._shortest]]
 
-@dataclass
-class _Way:
-    """A beginning of an ending."""
 
-    matcher: LLMatcher
-    ids: list[int] = field(default_factory=list)
-    again: int = 0
-    detours: int = 0
-    seen: Counter[bytes] = field(default_factory=Counter)
+class _Finder:
+    """Finds short endings: from where a text is to where it is whole.
+
+    At every choice it takes what mostly closes. Where that leads in circles, it takes another the
+    next time, and keeps to that wherever the same ids may come next: a tree that was always given
+    one more branch is given a leaf, in this text and in the others under the constraint.
+    """
+
+    def __init__(self, vocabulary: _Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._turns: Counter[bytes] = Counter()  # which option to take, by the bitmask of a choice
+        self._options: dict[bytes, list[int]] = {}
+
+    def find(self, matcher: LLMatcher, limit: int) -> list[int] | None:
+        """An ending of at most `limit` ids. None if there is none, or it is too well hidden."""
+        kept = self._turns.copy()
+        for steps in _ATTEMPTS:
+            visits: Counter[bytes] = Counter()
+            ids = self.walk(matcher, limit, steps, visits)
+            if ids is not None or not visits:
+                return ids
+            circle = max(visits, key=lambda bits: visits[bits] / (1 + self._turns[bits]))
+            self._turns[circle] += 1
+        self._turns = kept
+        return None
+
+    def walk(
+        self,
+        matcher: LLMatcher,
+        limit: int,
+        steps: int = 256,
+        visits: Counter[bytes] | None = None,
+    ) -> list[int] | None:
+        """Straight on by what is preferred; `visits` counts the choices."""
+        ahead, ids = matcher.deep_copy(), list[int]()
+        for _ in range(steps):
+            if ahead.is_accepting():
+                return ids
+            step = ahead.compute_ff_tokens() or self._choice(
+                ahead, Counter() if visits is None else visits
+            )
+            ids += step
+            if not step or len(ids) > limit or ahead.try_consume_tokens(step) < len(step):
+                return None
+        return None
+
+    def _choice(self, matcher: LLMatcher, visits: Counter[bytes]) -> list[int]:
+        bits = matcher.compute_bitmask()
+        visits[bits] += 1
+        turn = self._turns[bits]
+        if not turn:
+            return self._preferred(bits)
+        if bits not in self._options:
+            self._options[bits] = self._preferred(bits) + self._others(matcher, bits)
+        options = self._options[bits]
+        return options[turn % len(options) :][:1] if options else []
+
+    def _preferred(self, bits: bytes) -> list[int]:
+        found: list[int] = self._vocabulary.closers(self._vocabulary.mask(bits))[:1].tolist()
+        return found
+
+    def _others(self, matcher: LLMatcher, bits: bytes) -> list[int]:
+        """Short ids, of those with the same effect on what may come next only one."""
+        effects: dict[bytes, int] = {}
+        for token in self._vocabulary.shortest(self._vocabulary.mask(bits))[:_LIKELY].tolist():
+            ahead = matcher.deep_copy()
+            ahead.consume_token(token)
+            effects.setdefault(ahead.compute_bitmask(), token)
+        return list(effects.values())
 
 
 def _closes_text(spelled: bytes) -> tuple[int, int]:

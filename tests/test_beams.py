@@ -160,7 +160,7 @@ def test_a_cancelled_search_gives_what_it_has(pair: tuple[Generator, Any]) -> No
     assert (found.ids, found.finish_reason) == ((), "cancelled")
 
 
-def test_beams_need_a_row_each_and_no_more(run: Run, bundle: Path) -> None:
+def test_beams_need_a_row_each_and_no_more(bundle: Path) -> None:
     generator = Generator(bundle, threads=1, memory_limit=1 << 30)
     calls = generator.calls
     generator.complete("The king", num_beams=3, max_new_tokens=4)

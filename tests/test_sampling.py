@@ -185,7 +185,7 @@ def test_a_processor_sees_all_ids_and_what_the_others_left() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3.0, array(1, 2), [0, 1, 2]])
 def test_what_a_processor_gives_is_checked(wrong: Any) -> None:
-    sampler = Sampler(GenerationConfig(logits_processor=lambda ids, logits: wrong), [0], room=1)
+    sampler = Sampler(GenerationConfig(logits_processor=lambda *_: wrong), [0], room=1)
     with pytest.raises(OptionError, match=r"wanted logits \[3\] from a logits_processor"):
         sampler.next(array(0, 1, 2))
 

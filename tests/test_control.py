@@ -1,0 +1,278 @@
+"""Ending calls from outside, many threads, asyncio, and what memory is allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptrt.errors import GptrtError, MemoryLimitError, OptionError
+from gptrt.generator import Generator
+from gptrt.interrupt import Cancellation
+from gptrt.sampling import Logits
+from gptrt.session import Session
+from gptrt.testing import FakeDecoder, byte_tokenizer
+from tests.fakes import favouring, noise
+
+HUNG = 20.0  # seconds: nothing here takes one
+
+
+class Slow:
+    """A model that takes its time, and tells when it has begun."""
+
+    def __init__(self, seconds: float = 0.02) -> None:
+        self.begun, self._seconds = threading.Event(), seconds
+
+    def __call__(self, seen: list[int]) -> Logits:
+        self.begun.set()
+        time.sleep(self._seconds)
+        return favouring(97 + len(seen) % 26)
+
+
+def slow_generator(model: Slow) -> Generator:
+    return Generator.from_parts(FakeDecoder(model, context=4096), byte_tokenizer())
+
+
+# --- ending -------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_call_gives_what_it_has() -> None:
+    model, stop = Slow(), Cancellation()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(
+            slow_generator(model).complete, "x", max_new_tokens=4000, cancellation=stop
+        )
+        assert model.begun.wait(HUNG)
+        time.sleep(0.1)
+        stop.cancel()
+        result = future.result(HUNG)
+    assert result.finish_reason == "cancelled"
+    assert 0 < len(result.ids) < 4000
+    assert result.text == "".join(map(chr, result.ids))
+
+
+def test_a_cancellation_that_came_first_ends_a_call_at_once() -> None:
+    stop = Cancellation()
+    stop.cancel()
+    generator = slow_generator(Slow())
+    assert generator.complete("x", cancellation=stop).finish_reason == "cancelled"
+    assert generator.complete("x", max_new_tokens=2).finish_reason == "length"
+
+
+def test_a_generator_cancels_all_that_is_under_way_and_nothing_later() -> None:
+    model = Slow()
+    generator = slow_generator(model)
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(generator.complete, f"{n}", max_new_tokens=4000) for n in range(3)]
+        time.sleep(0.2)
+        generator.cancel()
+        results = [future.result(HUNG) for future in futures]
+    assert {result.finish_reason for result in results} == {"cancelled"}
+    assert generator.complete("y", max_new_tokens=2).finish_reason == "length"
+
+
+def test_a_timeout_ends_a_batch_and_leaves_what_is_done() -> None:
+    generator = slow_generator(Slow(0.01))
+    short, long = generator.complete_batch(
+        ["a", "b"],
+        config=[
+            gptrt_config(max_new_tokens=2, timeout=0.5),
+            gptrt_config(max_new_tokens=4000, timeout=0.5),
+        ],
+    )
+    assert (short.finish_reason, long.finish_reason) == ("length", "time")
+    assert len(long.ids) > 2
+
+
+def gptrt_config(**options: Any) -> Any:
+    from gptrt.config import GenerationConfig
+
+    return GenerationConfig(**options)
+
+
+def test_a_real_pass_is_interrupted_and_the_generator_stays_usable(bundle: Path) -> None:
+    generator = Generator(bundle, device="cpu", threads=1)
+    wanted = generator.complete("The king", max_new_tokens=5).ids
+    for _ in range(20):
+        result = generator.complete("The king", max_new_tokens=40, timeout=1e-4)
+        assert result.finish_reason in ("time", "length", "stop")
+        assert generator.complete("The king", max_new_tokens=5).ids == wanted
+
+
+def test_a_stream_that_is_left_says_so() -> None:
+    stream = slow_generator(Slow(0.0)).stream("x", max_new_tokens=100)
+    with stream:
+        assert next(stream) == "b"
+    assert stream.result.finish_reason == "cancelled"
+    assert stream.result.text == "b"
+    assert list(stream) == []
+
+
+def test_progress_is_told_of_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptrt.decoding.LONGEST_PASS", 4)
+    told: list[tuple[int, int]] = []
+    generator = slow_generator(Slow(0.0))
+    generator.generate(
+        "0123456789", max_new_tokens=1, progress=lambda done, of: told.append((done, of))
+    )
+    assert told == [(4, 10), (8, 10), (10, 10)]
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+def test_many_threads_get_what_each_gets_alone(bundle: Path) -> None:
+    generator = Generator(bundle, device="cpu", threads=1)
+    fresh = Generator.from_parts(generator.decoder, generator.tokenizer, reuse="none")
+    asked = [([n, 2 * n + 1, 299 - n], {"seed": n, "temperature": 0.9}) for n in range(12)]
+    wanted = [fresh.complete(ids, max_new_tokens=20, **chance) for ids, chance in asked]
+
+    def work(number: int) -> Any:
+        ids, chance = asked[number % 12]
+        if number % 3:
+            return generator.complete(ids, max_new_tokens=20, **chance)
+        return generator.complete_batch([ids, [1, 2]], max_new_tokens=20, **chance)[0]
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(work, range(60)))
+    for number, result in enumerate(found):
+        assert result == wanted[number % 12]
+
+
+def test_a_session_is_for_one_thread_at_a_time() -> None:
+    session = Session(slow_generator(Slow(0.0)))
+    session.append("x")
+    stream = session.stream(max_new_tokens=5)
+    next(stream)
+    with pytest.raises(GptrtError, match="nothing else uses"):
+        session.append("y")
+    stream.close()
+    session.append("y")
+
+
+# --- asyncio ------------------------------------------------------------------------------------
+
+
+def test_streams_and_results_can_be_awaited() -> None:
+    async def main() -> tuple[list[str], str]:
+        generator = slow_generator(Slow(0.0))
+        pieces = [piece async for piece in generator.stream_async("x", max_new_tokens=3)]
+        return pieces, (await generator.complete_async("x", max_new_tokens=3)).text
+
+    pieces, text = asyncio.run(main())
+    assert "".join(pieces) == text == "bcd"
+
+
+def test_a_cancelled_task_ends_its_call() -> None:
+    model = Slow()
+    generator = slow_generator(model)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(generator.complete_async("x", max_new_tokens=4000))
+        await asyncio.to_thread(model.begun.wait, HUNG)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(asyncio.wait_for(main(), HUNG))
+    assert not generator.calls.listed
+
+
+def test_leaving_an_asynchronous_stream_ends_its_call() -> None:
+    generator = slow_generator(Slow())
+
+    async def main() -> None:
+        pieces = generator.stream_async("x", max_new_tokens=4000)
+        assert await anext(pieces) == "b"
+        await pieces.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), HUNG))
+    assert not generator.calls.listed
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_a_call_that_needs_too_much_memory_is_refused_and_a_smaller_one_is_not() -> None:
+    decoder = FakeDecoder(noise, context=4096)
+    limit = decoder.cache_bytes(256)
+    generator = Generator.from_parts(decoder, byte_tokenizer(), memory_limit=limit)
+    with pytest.raises(MemoryLimitError, match="ask for fewer new tokens"):
+        generator.generate("x", max_new_tokens=2000)
+    assert len(generator.complete("x", max_new_tokens=20).ids) == 20
+    with pytest.raises(MemoryLimitError):
+        generator.complete_batch(["x"] * 8, max_new_tokens=100)
+
+
+def test_what_is_kept_for_later_makes_room() -> None:
+    decoder = FakeDecoder(noise, context=4096)
+    limit = decoder.cache_bytes(128)
+    generator = Generator.from_parts(decoder, byte_tokenizer(), memory_limit=limit)
+    for prompt in ("one", "two", "three"):
+        generator.generate(prompt, max_new_tokens=20)
+        generator.generate(prompt, max_new_tokens=100)
+
+
+def test_caches_are_as_large_as_the_request(bundle: Path) -> None:
+    generator = Generator(bundle, device="cpu", threads=1, reuse="none")
+    stream = generator.stream("The king", max_new_tokens=5)
+    next(stream)
+    lent = generator.calls.shelf.lent
+    assert lent == generator.decoder.cache_bytes(64)
+    stream.close()
+    assert generator.calls.shelf.lent == 0
+
+
+@pytest.mark.parametrize("reuse", ["some", None, True])
+def test_an_unknown_way_to_reuse_is_refused(reuse: Any) -> None:
+    with pytest.raises(OptionError, match='"exact", "all" or "none"'):
+        Generator.from_parts(FakeDecoder(noise), byte_tokenizer(), reuse=reuse)
+
+
+def test_what_was_read_is_not_read_again() -> None:
+    decoder = FakeDecoder(noise, context=256)
+    generator = Generator.from_parts(decoder, byte_tokenizer())
+    first = generator.complete("0123456789", max_new_tokens=4)
+    decoder.passes.clear()
+    again = generator.complete("0123456789abcd", max_new_tokens=1)
+    assert (again.timings.reused_tokens, decoder.passes) == (10, [4])  # type: ignore[union-attr]
+    everything = [*first.prompt_ids, *first.ids, 1, 2, 3, 4]
+    decoder.passes.clear()
+    generator.complete(everything, max_new_tokens=1)
+    assert decoder.passes == [8]  # what was generated is read as a prompt would be
+    fast = Generator.from_parts(decoder, byte_tokenizer(), reuse="all")
+    first = fast.complete("0123456789", max_new_tokens=4)
+    decoder.passes.clear()
+    fast.complete([*first.prompt_ids, *first.ids, 1, 2], max_new_tokens=1)
+    assert decoder.passes == [3]  # all but the last generated id was read
+
+
+def test_prompts_of_a_batch_that_begin_alike_are_read_once() -> None:
+    decoder = FakeDecoder(noise, context=256)
+    generator = Generator.from_parts(decoder, byte_tokenizer())
+    results = generator.complete_batch(
+        [f"a long beginning {n}" for n in range(4)], max_new_tokens=1
+    )
+    assert decoder.passes == [18, 2, 2, 2]
+    assert [r.timings and r.timings.reused_tokens for r in results] == [0, 16, 16, 16]
+
+
+def test_timings_and_log_probabilities_come_with_the_result() -> None:
+    generator = Generator.from_parts(FakeDecoder(noise), byte_tokenizer())
+    result = generator.complete("x", max_new_tokens=9, top_logprobs=3)
+    assert result.timings is not None and result.timings.first_token is not None
+    assert 0 < result.timings.first_token <= result.timings.total
+    assert result.timings.tokens_per_second is not None
+    assert result.logprobs is not None and result.top_logprobs is not None
+    for chosen, likeliest in zip(result.logprobs, result.top_logprobs, strict=True):
+        assert chosen == likeliest[0][1]  # greedy takes the likeliest
+        assert [value for _, value in likeliest] == sorted((v for _, v in likeliest), reverse=True)
+    logits = noise([120])
+    wanted = logits[result.ids[0]] - np.log(np.exp(logits).sum())
+    assert result.logprobs[0] == pytest.approx(wanted, abs=1e-5)

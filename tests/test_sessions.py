@@ -1,0 +1,204 @@
+"""Sessions: what they keep, what their files promise, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.options import ConvertOptions
+from export.pipeline import convert
+from export.runs import Run
+from gptrt.errors import GptrtError, PromptError, SessionError, TargetError
+from gptrt.generator import Generator
+from gptrt.interrupt import Cancellation
+from gptrt.session import Session
+from gptrt.testing import FakeDecoder, FakeGenerator, byte_tokenizer
+from tests.fakes import noise
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Path) -> Generator:
+    return Generator(bundle, device="cpu", threads=1)
+
+
+@pytest.fixture
+def saved(generator: Generator, tmp_path: Path) -> Path:
+    with Session(generator) as session:
+        session.append("The king said")
+        session.generate(max_new_tokens=5)
+        session.save(tmp_path / "session")
+    return tmp_path / "session"
+
+
+def test_appended_and_generated_text_become_one() -> None:
+    session = Session(FakeGenerator({"Hello": " there.", "Hello there. And": " you?"}))
+    session.append("Hello")
+    assert session.generate() == " there."
+    session.append(" And")
+    assert "".join(session.stream()) == " you?"
+    assert session.text == "Hello there. And you?"
+    assert len(session) == len(session.ids) == len(session.text)
+
+
+def test_what_a_session_has_read_is_not_read_again() -> None:
+    decoder = FakeDecoder(noise, context=256)
+    session = Session(Generator.from_parts(decoder, byte_tokenizer(), reuse="all"))
+    session.append("0123456789")
+    session.generate(max_new_tokens=3)
+    session.append("ab")
+    session.generate(max_new_tokens=2)
+    assert decoder.passes == [10, 1, 1, 1, 3, 1, 1]
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    generator = Generator.from_parts(FakeDecoder(noise, context=256), byte_tokenizer())
+    session = Session(generator)
+    session.append("once")
+    other = session.fork()
+    other.append(" more")
+    assert session.text == "once"
+    assert session.complete(max_new_tokens=4) == generator.complete("once", max_new_tokens=4)
+    wanted = generator.complete("once more", max_new_tokens=4)
+    assert other.complete(max_new_tokens=4) == wanted
+
+
+def test_a_stream_that_is_left_keeps_what_came() -> None:
+    session = Session(FakeGenerator({"a": "bcdef"}))
+    session.append("a")
+    with session.stream() as stream:
+        assert [next(stream), next(stream)] == ["b", "c"]
+    assert session.text == "abc"
+    assert session.stream().result.ids == ()  # never begun, nothing taken
+    session.append("x")
+
+
+def test_the_policy_for_a_full_context_is_the_sessions_own() -> None:
+    generator = Generator.from_parts(FakeDecoder(noise, context=32), byte_tokenizer())
+    strict, sliding = Session(generator), Session(generator, context_overflow="slide")
+    with pytest.raises(PromptError, match="at most 32 tokens more in this session"):
+        strict.append("x" * 33)
+    assert len(strict) == 0
+    strict.append("x" * 30)
+    assert strict.complete().finish_reason == "length"
+    assert len(strict) == 32
+    with pytest.raises(PromptError):
+        strict.generate()
+    sliding.append("x" * 100)
+    assert len(sliding.complete(max_new_tokens=50).ids) == 50
+    assert len(sliding) == 150
+
+
+def test_going_back_further_than_there_is_text_is_refused() -> None:
+    session = Session(FakeGenerator({}))
+    session.append("abc")
+    for length in (-1, 4, 1.0, True):
+        with pytest.raises(PromptError, match="wanted a length from 0 to 3"):
+            session.rewind(length)  # type: ignore[arg-type]
+    session.rewind(0)
+    with pytest.raises(PromptError, match="one token or more"):
+        session.generate()
+
+
+def test_a_cancelled_append_is_read_later() -> None:
+    stop, decoder = Cancellation(), FakeDecoder(noise, context=64)
+    stop.cancel()
+    generator = Generator.from_parts(decoder, byte_tokenizer())
+    session = Session(generator)
+    session.append("abcd", cancellation=stop)
+    assert decoder.passes == []
+    wanted = generator.complete("abcd", max_new_tokens=3)
+    assert session.complete(max_new_tokens=3) == wanted
+
+
+def test_a_session_of_a_closed_generator_says_so(bundle: Path) -> None:
+    generator = Generator(bundle, device="cpu", threads=1)
+    session = Session(generator)
+    session.append("The king")
+    generator.close()
+    with pytest.raises(GptrtError, match="make a new Generator"):
+        session.generate()
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def test_nothing_needs_to_be_read_after_loading(generator: Generator, saved: Path) -> None:
+    session = Session.load(generator, saved)
+    result = session.complete(max_new_tokens=3)
+    assert result.timings is not None
+    assert result.timings.reused_tokens >= len(generator.encode("The king said")) & ~1 - 2
+
+
+def test_an_empty_session_can_be_saved(generator: Generator, tmp_path: Path) -> None:
+    Session(generator).save(tmp_path / "empty")
+    assert Session.load(generator, tmp_path / "empty").ids == ()
+
+
+def test_a_session_of_another_model_is_refused(run: Run, saved: Path, tmp_path: Path) -> None:
+    convert(run.path, tmp_path / "other", ConvertOptions("none"))
+    with pytest.raises(SessionError, match="open it with the bundle that it was saved with"):
+        Session.load(Generator(tmp_path / "other", device="cpu", threads=1), saved)
+
+
+def resealed(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """A session file with another header and a digest that agrees."""
+    magic = data.index(b"\n") + 1
+    size = int.from_bytes(data[magic : magic + 8], "little")
+    header = json.loads(data[magic + 8 : magic + 8 + size])
+    change(header)
+    head = json.dumps(header).encode()
+    body = data[:magic] + len(head).to_bytes(8, "little") + head + data[magic + 8 + size : -32]
+    return body + hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h.update(version=2), "version 2, this gptrt reads 1"),
+        (lambda h: h.update(extra=1), "extra is an unknown key"),
+        (lambda h: h.update(ids=[300, *h["ids"][1:]]), "the model has not"),
+        (lambda h: h.update(ids=[-1, *h["ids"][1:]]), "the model has not"),
+        (lambda h: h.update(read=h["read"] - 1, exact=0), "bytes instead of"),
+        (lambda h: h.update(read=99), "more is read than there are ids"),
+        (lambda h: h.update(exact=h["read"] + 1), "more is read than there are ids"),
+        (lambda h: h.update(read=0, exact=0), "values of nothing"),
+        (lambda h: h.update(read=1 << 60), "wanted 0 to"),
+        (lambda h: h.update(ids="abc"), "wanted a list"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(
+    generator: Generator, saved: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    saved.write_bytes(resealed(saved.read_bytes(), change))
+    with pytest.raises(SessionError, match=words):
+        Session.load(generator, saved)
+    assert generator.calls.shelf.lent == 0
+
+
+@pytest.mark.parametrize("at", [0, 5, 15, 40, -40, -1])
+def test_a_flipped_bit_is_refused(generator: Generator, saved: Path, at: int) -> None:
+    data = bytearray(saved.read_bytes())
+    data[at] ^= 4
+    saved.write_bytes(data)
+    with pytest.raises(SessionError, match="wanted a whole session file"):
+        Session.load(generator, saved)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 30, 200])
+def test_a_file_that_was_cut_off_is_refused(generator: Generator, saved: Path, keep: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(SessionError, match="wanted a whole session file"):
+        Session.load(generator, saved)
+
+
+def test_no_file_and_no_place_for_one_are_said(generator: Generator, tmp_path: Path) -> None:
+    with pytest.raises(SessionError, match="check the path"):
+        Session.load(generator, tmp_path / "none")
+    with pytest.raises(TargetError):
+        Session(generator).save(tmp_path / "none" / "session")
+    assert list(tmp_path.iterdir()) == []
