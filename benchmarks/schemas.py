@@ -366,14 +366,15 @@ def _written(bundle: str | None) -> Iterator[tuple[Case, str, int]]:
 def _fault(schema: Json, text: str) -> str | None:
     """Why `text` is no JSON, or not what the schema asks for; None where all is well."""
     try:
-        from jsonschema import Draft202012Validator, FormatChecker
+        from jsonschema import Draft202012Validator
     except ImportError:
-        sys.exit("wanted jsonschema, to check what is written; pip install jsonschema")
+        sys.exit("wanted jsonschema, to check documents; pip install 'jsonschema[format-nongpl]'")
     try:
         document = json.loads(text)
     except ValueError as e:
         return str(e)
-    validator = Draft202012Validator(schema, format_checker=FormatChecker())
+    formats = Draft202012Validator.FORMAT_CHECKER
+    validator = Draft202012Validator(schema, format_checker=formats)
     return next((error.message for error in validator.iter_errors(document)), None)
 
 

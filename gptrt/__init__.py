@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gptrt.format import Bundle, open_bundle
     from gptrt.generator import Generator, Stream
     from gptrt.interrupt import Cancellation
+    from gptrt.memory import MemoryEstimate
     from gptrt.results import Generation, Timings
     from gptrt.scoring import Perplexity, perplexity
     from gptrt.session import Session
@@ -62,6 +63,7 @@ _HOMES = {
     "gptrt.generator": ("Generator", "Stream"),
     "gptrt.constraint": ("Grammar", "JsonSchema", "Regex"),
     "gptrt.interrupt": ("Cancellation",),
+    "gptrt.memory": ("MemoryEstimate",),
     "gptrt.results": ("Generation", "Timings"),
     "gptrt.scoring": ("Perplexity", "perplexity"),
     "gptrt.session": ("Session",),
@@ -85,6 +87,7 @@ __all__ = [
     "GptrtError",
     "Grammar",
     "JsonSchema",
+    "MemoryEstimate",
     "MemoryLimitError",
     "OptionError",
     "Perplexity",

@@ -21,9 +21,10 @@ from gptrt.config import GenerationConfig
 from gptrt.decoder import Decoder
 from gptrt.decoding import Continuation, Runner, Slab
 from gptrt.engine import Device, import_onnxruntime
-from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
+from gptrt.errors import BundleError, GptrtError, MemoryLimitError, OptionError, PromptError
 from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
 from gptrt.interrupt import Cancellation
+from gptrt.memory import MemoryEstimate, estimate
 from gptrt.results import Generation
 from gptrt.tokenizer import Tokenizer
 
@@ -84,7 +85,8 @@ class Generator:
     next that begins alike: with `reuse` "exact" only what cannot change an id, with "all" also what
     was generated, which is faster and may differ where two ids are as good as equally likely.
 
-    `memory_limit`, in bytes, bounds weights and caches together: more raises MemoryLimitError.
+    `memory_limit`, in bytes, bounds what `estimate` adds up: what does not fit, a bundle or the
+    cache of a call, raises MemoryLimitError before any of it is taken.
 
     >>> with Generator("models/tales") as generator:
     ...     for piece in generator.stream("The king said"):
@@ -101,12 +103,15 @@ class Generator:
         reuse: Reuse = "exact",
         memory_limit: int | None = None,
     ) -> None:
+        if memory_limit is not None:
+            memory_limit -= sum(map(_without_caches, [path] if draft is None else [path, draft]))
+            _check_limit(memory_limit)
         decoder, tokenizer = _open(path, device=device, threads=threads)
         guesser = None
         if draft is not None:
             guesser, words = _open(draft, device=device, threads=threads)
             _check_same_words(tokenizer, words, decoder, guesser)
-        self._set_up(decoder, tokenizer, draft=guesser, reuse=reuse, memory_limit=memory_limit)
+        self._set_up(decoder, tokenizer, draft=guesser, reuse=reuse, cache_limit=memory_limit)
 
     @classmethod
     def from_parts(
@@ -116,12 +121,21 @@ class Generator:
         *,
         draft: Runner | None = None,
         reuse: Reuse = "exact",
-        memory_limit: int | None = None,
+        cache_limit: int | None = None,
     ) -> Self:
-        """A generator over a decoder and a tokenizer that exist already."""
+        """A generator over a decoder and a tokenizer that exist already; `cache_limit` bounds the
+        bytes of all caches."""
         self = cls.__new__(cls)
-        self._set_up(decoder, tokenizer, draft=draft, reuse=reuse, memory_limit=memory_limit)
+        self._set_up(decoder, tokenizer, draft=draft, reuse=reuse, cache_limit=cache_limit)
         return self
+
+    @staticmethod
+    def estimate(
+        path: StrPath | None = None, *, max_length: int | None = None, batch: int = 1
+    ) -> MemoryEstimate:
+        """What a process will need that opens the bundle: see `gptrt.memory.estimate`."""
+        path = embedded_bundle() if path is None else path
+        return estimate(path, max_length=max_length, batch=batch)
 
     def _set_up(
         self,
@@ -130,13 +144,13 @@ class Generator:
         *,
         draft: Runner | None = None,
         reuse: Reuse = "exact",
-        memory_limit: int | None = None,
+        cache_limit: int | None = None,
     ) -> None:
         if reuse not in ("exact", "all", "none"):
             raise OptionError('reuse "exact", "all" or "none"', found=repr(reuse), do="choose one")
         self.tokenizer = tokenizer
         self._calls: Calls | None = Calls(
-            decoder, tokenizer, draft=draft, reuse=reuse, limit=memory_limit
+            decoder, tokenizer, draft=draft, reuse=reuse, limit=cache_limit
         )
 
     @property
@@ -434,6 +448,26 @@ def _open(
     tokenizer = Tokenizer.open(bundle)
     hashing.result()
     return opening.result(), tokenizer
+
+
+def _without_caches(path: StrPath | None) -> int:
+    """What a bundle takes before it continues anything; of a foreign decoder the file alone."""
+    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
+        from gptrt import foreign
+
+        if foreign.is_foreign(path):
+            return foreign.open_foreign(path).graph.stat().st_size
+    needs = Generator.estimate(path)
+    return needs.total - needs.cache
+
+
+def _check_limit(left: int) -> None:
+    if left <= 0:
+        raise MemoryLimitError(
+            "memory_limit to leave room beside weights and libraries",
+            found=f"{-left:,} bytes too few",
+            do="raise it, or use a smaller bundle",
+        )
 
 
 class _Beside(threading.Thread, Generic[T]):

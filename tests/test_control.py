@@ -202,7 +202,7 @@ def test_leaving_an_asynchronous_stream_ends_its_call() -> None:
 def test_a_call_that_needs_too_much_memory_is_refused_and_a_smaller_one_is_not() -> None:
     decoder = FakeDecoder(noise, context=4096)
     limit = decoder.cache_bytes(256)
-    generator = Generator.from_parts(decoder, byte_tokenizer(), memory_limit=limit)
+    generator = Generator.from_parts(decoder, byte_tokenizer(), cache_limit=limit)
     with pytest.raises(MemoryLimitError, match="ask for fewer new tokens"):
         generator.generate("x", max_new_tokens=2000)
     assert len(generator.complete("x", max_new_tokens=20).ids) == 20
@@ -213,7 +213,7 @@ def test_a_call_that_needs_too_much_memory_is_refused_and_a_smaller_one_is_not()
 def test_what_is_kept_for_later_makes_room() -> None:
     decoder = FakeDecoder(noise, context=4096)
     limit = decoder.cache_bytes(128)
-    generator = Generator.from_parts(decoder, byte_tokenizer(), memory_limit=limit)
+    generator = Generator.from_parts(decoder, byte_tokenizer(), cache_limit=limit)
     for prompt in ("one", "two", "three"):
         generator.generate(prompt, max_new_tokens=20)
         generator.generate(prompt, max_new_tokens=100)
@@ -227,6 +227,25 @@ def test_caches_are_as_large_as_the_request(bundle: Path) -> None:
     assert lent == generator.decoder.cache_bytes(64)
     stream.close()
     assert generator.calls.shelf.lent == 0
+
+
+def test_a_limit_leaves_room_for_weights_and_libraries(bundle: Path) -> None:
+    needs = Generator.estimate(bundle)
+    assert needs.cache == Generator(bundle, threads=1).decoder.cache_bytes(64)
+    with pytest.raises(MemoryLimitError, match="use a smaller bundle"):
+        Generator(bundle, memory_limit=needs.weights)
+    tight = Generator(bundle, threads=1, memory_limit=needs.total)
+    assert tight.generate("The king", max_new_tokens=4)
+    with pytest.raises(MemoryLimitError, match="raise memory_limit"):
+        tight.complete_batch(["The king"] * 2, max_new_tokens=40)
+
+
+def test_an_estimate_grows_with_length_and_rows(bundle: Path) -> None:
+    one, two = (Generator.estimate(bundle, max_length=32, batch=n) for n in (1, 2))
+    assert two.cache == 2 * one.cache == Generator.estimate(bundle).cache
+    for length, batch in ((0, 1), (65, 1), (8, 0)):
+        with pytest.raises(OptionError, match="max_length from 1 to 64"):
+            Generator.estimate(bundle, max_length=length, batch=batch)
 
 
 @pytest.mark.parametrize("reuse", ["some", None, True])
