@@ -177,6 +177,7 @@ def presets() -> None:
     type=click.Choice(["mobius", "optimum"]),
     help="The library that builds the graph, for an architecture that is not native.",
 )
+@click.option("--hidden-states", is_flag=True, help="Let it give embeddings of texts, too.")
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), help="Numbers in the KV cache.")
 @click.option("--verify-text", type=_path, help="Text to measure fidelity on.")
 @click.option("--calibration-text", type=_path, help="Other text, to correct rounding errors by.")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gptrt.architecture import ModelConfig
 from gptrt.format import (
     ATTENTION_MASK,
+    HIDDEN_STATES,
     INPUT_IDS,
     LOGITS,
     NUM_LOGITS_TO_KEEP,
@@ -30,7 +31,7 @@ from gptrt.format import (
     present_name,
 )
 
-from .model import GPT, attention_scale, rotary_tables
+from .model import GPT, attention_scale, keep_last, rotary_tables
 
 PARAMETER_PREFIX = "model."  # of the constants: the rest is the parameter's name in GPT
 OPSET = 21  # the newest whose every operator onnxruntime has had for long
@@ -131,9 +132,10 @@ def graph_model(model: GPT) -> GPT:
 class DecoderGraph(nn.Module):
     """The exported face of a model: its inputs and outputs are those of `gptrt.format`."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, *, hidden_states: bool = False) -> None:
         super().__init__()
         self.model = graph_model(model)
+        self.hidden_states = hidden_states
         if model.config.positions == "rotary":
             dtype = model.wte.weight.dtype
             cos, sin = rotary_tables(model.config, model.config.n_positions)
@@ -150,14 +152,17 @@ class DecoderGraph(nn.Module):
         rotary = self.model.config.positions == "rotary"
         tables = (self.rotary_cos, self.rotary_sin) if rotary else ()
         attend = CachedAttention(self.model.config, attention_mask, past, tables)
-        logits = self.model(input_ids, position_ids, attend, num_logits_to_keep)
-        if logits.dtype != torch.float32:
-            logits = logits.float()
-        return logits, *attend.present
+        hidden = self.model.hidden(input_ids, position_ids, attend)
+        given = [self.model.lm_head(keep_last(hidden, num_logits_to_keep))]
+        if self.hidden_states:
+            given.append(hidden)
+        floats = (x if x.dtype == torch.float32 else x.float() for x in given)
+        return *floats, *attend.present
 
 
-def build_graph(model: GPT) -> ir.Model:
-    """The fp32 (or fp16, as the model is) decoder graph, its weights shared with the model."""
+def build_graph(model: GPT, *, hidden_states: bool = False) -> ir.Model:
+    """The fp32 (or fp16, as the model is) decoder graph, its weights shared with the model; with
+    `hidden_states` it gives also what its head reads."""
     config = model.config
     layers = range(config.n_layer)
     past = [past_name(layer, part) for layer in layers for part in ("key", "value")]
@@ -165,12 +170,12 @@ def build_graph(model: GPT) -> ir.Model:
     with warnings.catch_warnings(), _quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            DecoderGraph(model),
+            DecoderGraph(model, hidden_states=hidden_states),
             _example(model, past_length=8, new=4),
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_IDS, ATTENTION_MASK, POSITION_IDS, NUM_LOGITS_TO_KEEP, *past],
-            output_names=[LOGITS, *present],
+            output_names=[LOGITS, *([HIDDEN_STATES] if hidden_states else []), *present],
             dynamic_shapes=_dynamic_shapes(len(past)),
             optimize=False,
             verbose=False,
@@ -210,6 +215,8 @@ def _name_dimensions(graph: ir.Model) -> None:
             value.shape = ir.Shape(["batch", shape[1], "cache_length", shape[3]])
         elif name == LOGITS:
             value.shape = ir.Shape(["batch", "kept", shape[2]])
+        elif name == HIDDEN_STATES:
+            value.shape = ir.Shape(["batch", "new", shape[2]])
         else:
             value.shape = ir.Shape(["batch", "length" if name == ATTENTION_MASK else "new"])
 

@@ -38,6 +38,7 @@ class ConvertOptions:
     bits_per_weight: float | None = None
     target_ratio: float | None = None
     kv_cache: Literal["float", "int8"] = "float"  # float: as the activations
+    hidden_states: bool = False  # as an output of the graph: for embeddings of texts
     verify_text: Path | None = None
     calibration_text: Path | None = None
     verify_tokens: int = DEFAULT_TOKENS
@@ -118,6 +119,7 @@ class ConvertOptions:
         ours = {
             "--quantize fp16": self.mode == "fp16",
             "--kv-cache int8": self.kv_cache == "int8",
+            "--hidden-states": self.hidden_states,
             "--calibration-text": self.calibration_text is not None,
             "--against": self.against is not None,
             "a budget": self.mixed,

@@ -92,7 +92,8 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     model = checkpoint.alone().frozen()
     stored = store(checkpoint, model, texts, options, step)
     step("tracing the graph")
-    graph = build_graph(copy.deepcopy(model).half() if options.mode == "fp16" else model)
+    traced = copy.deepcopy(model).half() if options.mode == "fp16" else model
+    graph = build_graph(traced, hidden_states=options.hidden_states)
     store_matrices(graph, stored.matrices)
     if options.kv_cache == "int8":
         assert texts.calibration is not None, "choose_texts has seen to it"
@@ -213,6 +214,7 @@ def _manifest(name: str, draft: _Draft, options: ConvertOptions, folder: Path) -
         golden=(),
         files={p.name: describe_file(p) for p in sorted(folder.iterdir())},
         lineage=draft.lineage | options.notes | {"exported_with": _versions()},
+        hidden_states=options.hidden_states,
     )
 
 

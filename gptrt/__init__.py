@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gptrt.interrupt import Cancellation
     from gptrt.memory import MemoryEstimate
     from gptrt.results import Generation, Timings
-    from gptrt.scoring import Perplexity, perplexity
+    from gptrt.scoring import Perplexity, Score, perplexity
     from gptrt.session import Session
 
 _HOMES = {
@@ -65,7 +65,7 @@ _HOMES = {
     "gptrt.interrupt": ("Cancellation",),
     "gptrt.memory": ("MemoryEstimate",),
     "gptrt.results": ("Generation", "Timings"),
-    "gptrt.scoring": ("Perplexity", "perplexity"),
+    "gptrt.scoring": ("Perplexity", "Score", "perplexity"),
     "gptrt.session": ("Session",),
     "gptrt.decoder": ("Decoder",),
 }
@@ -93,6 +93,7 @@ __all__ = [
     "Perplexity",
     "PromptError",
     "Regex",
+    "Score",
     "Session",
     "SessionError",
     "Stream",

@@ -17,7 +17,7 @@ from typing import Literal
 from gptrt.beams import Beam, BeamSearch
 from gptrt.config import GenerationConfig
 from gptrt.constraint import Guide
-from gptrt.decoding import Continuation, Progress, Reading, Runner, Slab, search, write
+from gptrt.decoding import Continuation, Progress, Reading, Row, Runner, Slab, search, write
 from gptrt.draft import DraftModel
 from gptrt.errors import OptionError, PromptError
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
@@ -236,6 +236,16 @@ class Calls:
     def reading(self, interrupt: Interrupt, progress: Progress | None = None) -> Reading:
         """How a call reads."""
         return Reading(self.decoder, interrupt, progress, exact=self._reuse != "all")
+
+    @contextmanager
+    def row_for(self, ids: Sequence[int], capacity: int) -> Iterator[tuple[Reading, Row]]:
+        """A row to read a text into, with what is known of it already, and how to read."""
+        reading = Reading(self.decoder, exact=self._reuse != "all")
+        slab = self.shelf.lend_for(ids, capacity, reading)
+        try:
+            yield reading, slab.rows[0]
+        finally:
+            self.shelf.take_back(slab)
 
     def beams(self, prompt: list[int], config: GenerationConfig, call: Call) -> list[Generation]:
         """The results of a beam search, the best first."""

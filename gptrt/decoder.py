@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gptrt.architecture import ModelConfig
 from gptrt.cache import KVCache
 from gptrt.engine import Device, Engine, Memory
 from gptrt.errors import BundleError, PromptError
@@ -20,6 +21,7 @@ from gptrt.format import (
     ATTENTION_MASK,
     GRAPH_DATA_FILE,
     GRAPH_FILE,
+    HIDDEN_STATES,
     INPUT_IDS,
     LOGITS,
     NUM_LOGITS_TO_KEEP,
@@ -36,6 +38,7 @@ _GRAPH_FILES = (GRAPH_FILE, GRAPH_DATA_FILE)
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+Hidden = NDArray[np.float32]
 
 
 class Decoder:
@@ -105,6 +108,37 @@ class Decoder:
         self.engine.run(step.binding, interrupt)
         cache.advance(new)
         return step.logits
+
+    def hidden_states(
+        self, ids: Sequence[int], cache: KVCache, *, interrupt: Interrupt | None = None
+    ) -> Hidden:
+        """Read ids as `run` does, in a cache of one row: what the head reads of each of them,
+        float32 [new, n_embd]. Raises BundleError for a bundle that was exported without."""
+        if not self.manifest.hidden_states:
+            raise no_hidden_states()
+        _, new = check_ids([ids], cache)
+        step = _Pass(self, cache.buffers, (1, new), length=cache.length + new, keep=1)  # type: ignore[arg-type]
+        hidden = np.empty((1, new, _width(self.manifest)), np.float32)
+        step.bind_output(HIDDEN_STATES, hidden)
+        step.load([ids], [cache.length])
+        self.engine.run(step.binding, interrupt)
+        cache.advance(new)
+        rows: Hidden = hidden[0]
+        return rows
+
+
+def no_hidden_states() -> BundleError:
+    """What a decoder without them raises."""
+    return BundleError(
+        "a bundle that gives hidden states",
+        found="one that was exported without",
+        do="export it with `gptrt-export convert --hidden-states`",
+    )
+
+
+def _width(manifest: Manifest) -> int:
+    assert isinstance(manifest.model, ModelConfig), "foreign graphs have a decoder of their own"
+    return manifest.model.n_embd
 
 
 def position_bytes(layout: CacheLayout) -> int:
@@ -194,9 +228,12 @@ class _Pass:
         self.binding = decoder.engine.new_binding()
         self._shares_memory = decoder.engine.device == "cpu"
         buffers.bind(self.binding)
-        pointer = self.logits.ctypes.data
-        self.binding.bind_output(LOGITS, "cpu", 0, np.float32, self.logits.shape, pointer)
+        self.bind_output(LOGITS, self.logits)
         self._bind_inputs()
+
+    def bind_output(self, name: str, array: NDArray[np.float32]) -> None:
+        """Have a run fill the array."""
+        self.binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
 
     def load(self, ids: Ids | Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         """Take ids [batch, new] for the positions from `starts` [batch] on."""
@@ -267,6 +304,8 @@ def _check_graph(engine: Engine, manifest: Manifest) -> None:
     inputs = dict.fromkeys((INPUT_IDS, ATTENTION_MASK, POSITION_IDS), (_INT64, (None, None)))
     optional = {NUM_LOGITS_TO_KEEP: (_INT64, (1,))}
     outputs = {LOGITS: ("tensor(float)", (None, None, manifest.model.vocab_size))}
+    if manifest.hidden_states:
+        outputs[HIDDEN_STATES] = ("tensor(float)", (None, None, _width(manifest)))
     faults = [
         *_differences("input", engine.inputs, inputs | {past: cache for past, _ in names}),
         *_differences("optional input", engine.optional_inputs, optional),

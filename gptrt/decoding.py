@@ -20,7 +20,7 @@ from typing import Protocol
 from gptrt.beams import Beam, BeamSearch
 from gptrt.cache import KVCache
 from gptrt.config import GenerationConfig
-from gptrt.decoder import Ids, Logits
+from gptrt.decoder import Hidden, Ids, Logits
 from gptrt.interrupt import Interrupt
 from gptrt.results import FinishReason
 from gptrt.sampling import Sampler, log_probabilities, most_likely
@@ -55,6 +55,9 @@ class Runner(Protocol):
         keep: int = 1,
         interrupt: Interrupt | None = None,
     ) -> Logits: ...
+    def hidden_states(
+        self, ids: Sequence[int], cache: KVCache, *, interrupt: Interrupt | None = None
+    ) -> Hidden: ...
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -117,16 +120,23 @@ class Reading:
 
     def read(self, row: Row, ids: Sequence[int]) -> Logits:
         """Have `row` hold `ids`, at least one: the logits after the last, [1, 1, vocab]."""
-        start = self.usable(row, ids)
+        *_, (_, logits) = self.over(row, ids, len(ids) - 1)
+        return logits
+
+    def over(self, row: Row, ids: Sequence[int], first: int) -> Iterator[tuple[int, Logits]]:
+        """The same, giving the logits after every position from `first` on, pass by pass: where
+        they begin, and [1, n, vocab]."""
+        start = min(self.usable(row, ids), first & ~1)
         row.rewind(start)
         for begin, end in passes(start, len(ids)):
-            part = list(ids[begin:end])
-            logits = self.decoder.run([part], row.cache, interrupt=self.interrupt)
+            part, kept = list(ids[begin:end]), max(begin, min(first, end - 1))
+            logits = self.decoder.run([part], row.cache, keep=end - kept, interrupt=self.interrupt)
             row.ids += part
+            row.exact = end & ~1
             if self.progress is not None:
                 self.progress(end, len(ids))
-        row.exact = len(ids) & ~1
-        return logits
+            if end > first:
+                yield kept, logits
 
     def usable(self, row: Row, ids: Sequence[int]) -> int:
         """How many of `ids` need not be read again, because `row` holds them.

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from gptrt.architecture import MAX_COUNT
 from gptrt.cache import KVCache
-from gptrt.decoder import Ids, Logits, check_capacity, check_ids
+from gptrt.decoder import (
+    Hidden,
+    Ids,
+    Logits,
+    check_capacity,
+    check_ids,
+    no_hidden_states,
+)
 from gptrt.engine import Device, Engine
 from gptrt.errors import BundleError, PromptError
 from gptrt.format import (
@@ -279,6 +286,13 @@ class ForeignDecoder:
             logits.append(self._run_row(np.asarray(row_ids), row, start, kept, interrupt))
         cache.advance(new)
         return np.stack(logits)
+
+    def hidden_states(
+        self, ids: Sequence[int], cache: KVCache, *, interrupt: Interrupt | None = None
+    ) -> Hidden:
+        """Raises BundleError: such graphs do not give them."""
+        del ids, cache, interrupt
+        raise no_hidden_states()
 
     def _run_row(
         self, ids: Ids, row: _GrownRow, start: int, kept: int, interrupt: Interrupt | None

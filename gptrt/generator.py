@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.architecture import ForeignModel
-from gptrt.calls import Call, Calls, Reuse
+from gptrt.calls import Call, Calls, Reuse, check_prompt
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
-from gptrt.decoder import Decoder
+from gptrt.decoder import Decoder, Logits
 from gptrt.decoding import Continuation, Runner, Slab
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, GptrtError, MemoryLimitError, OptionError, PromptError
@@ -26,6 +26,7 @@ from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
 from gptrt.interrupt import Cancellation
 from gptrt.memory import MemoryEstimate, estimate
 from gptrt.results import Generation
+from gptrt.scoring import Perplexity, Pooling, Score, embed, logits_at, perplexity, score
 from gptrt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -258,6 +259,61 @@ class Generator:
             pass
         return [call.result(writer) for writer in call.writers]
 
+    # --- scoring ----------------------------------------------------------------------------------
+
+    def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[Score]:
+        """How likely each text is to follow `prompt`, which is read once."""
+        before = self._checked(self.encode(prompt))
+        scores = []
+        for continuation in continuations:
+            ids = self._checked(self.encode(continuation, whole=False), beside=len(before))
+            with self.calls.row_for(before, len(before) + len(ids)) as (reading, row):
+                scores.append(score(reading, row, before, ids))
+        return scores
+
+    def logits(self, prompt: Prompt, positions: Sequence[int] | None = None) -> Logits:
+        """The logits after each of `positions` of the prompt's ids, float32 [positions, vocab]; of
+        the last one, if none are given. Raises OptionError for a position that there is not."""
+        ids = self._checked(self.encode(prompt))
+        wanted = [len(ids) - 1] if positions is None else list(positions)
+        if not wanted or not all(type(at) is int and 0 <= at < len(ids) for at in wanted):
+            raise OptionError(
+                f"positions from 0 to {len(ids) - 1}", found=repr(positions)[:60], do="correct them"
+            )
+        with self.calls.row_for(ids, len(ids)) as (reading, row):
+            return logits_at(reading, row, ids, wanted)
+
+    def embed(
+        self, texts: Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> Logits:
+        """A vector for each text, float32 [len(texts), n_embd]: the mean of what the head reads, or
+        what it reads last; of length 1 if they are normalized.
+
+        Raises BundleError for a bundle that was exported without `--hidden-states`.
+        """
+        if pooling not in ("mean", "last"):
+            raise OptionError('pooling "mean" or "last"', found=repr(pooling), do="choose one")
+        rows = []
+        for text in texts:
+            ids = self._checked(self.encode(text))
+            with self.calls.row_for(ids, len(ids)) as (reading, row):
+                rows.append(embed(reading, row, ids, pooling))
+        found = np.array(rows, np.float32)
+        return found / np.linalg.norm(found, axis=1, keepdims=True) if normalize else found
+
+    def perplexity(self, text: Prompt, *, stride: int | None = None) -> Perplexity:
+        """How well the model predicts a text of any length: see `gptrt.scoring.perplexity`."""
+        return perplexity(self.decoder, self.encode(text), stride=stride)
+
+    def _checked(self, ids: list[int], *, beside: int = 0) -> list[int]:
+        check_prompt(ids, self.decoder.vocab_size)
+        room = self.decoder.context - beside
+        if len(ids) > room:
+            raise PromptError(
+                f"at most {room} tokens", found=f"{len(ids)}", do="shorten the text or split it"
+            )
+        return ids
+
     # --- asyncio ----------------------------------------------------------------------------------
 
     async def complete_async(
@@ -320,10 +376,11 @@ class Generator:
         calls, call = self._call([prompt], [config], options)
         return _stream(calls, call, slab), call.writers[0].one
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, a text or ids already. Raises PromptError."""
+    def encode(self, prompt: Prompt, *, whole: bool = True) -> list[int]:
+        """The ids of a prompt, a text or ids already; of what follows another text, if it is not
+        `whole`. Raises PromptError."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt, whole=whole)
         try:
             return [operator.index(token) for token in prompt]
         except TypeError as e:

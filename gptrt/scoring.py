@@ -1,26 +1,29 @@
-"""Perplexity: how well a bundle predicts a text, https://huggingface.co/docs/transformers/perplexity."""
+"""How well a model predicts a text, and what it makes of it: perplexity, the probability of a
+continuation, logits, embeddings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.cache import KVCache
-from gptrt.decoder import Ids, Logits
-from gptrt.decoding import Runner
+from gptrt.decoder import Hidden, Ids, Logits
+from gptrt.decoding import Reading, Row, Runner, passes
 from gptrt.errors import DataError, FidelityError, OptionError
+from gptrt.sampling import log_probabilities
 
 _LOGITS_BYTES = 64 << 20  # of one run
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`nll` is the mean negative log-likelihood in nats of `tokens` predicted ids."""
+    """`nll` is the mean negative log-likelihood in nats of `tokens` predicted ids, `perplexity` its
+    exponential: https://huggingface.co/docs/transformers/perplexity."""
 
     perplexity: float
     nll: float
@@ -105,3 +108,63 @@ def _perplexity(nll: float, tokens: int) -> Perplexity:
             do="check the bundle with `gptrt verify`",
         )
     return Perplexity(math.exp(mean), mean, tokens)
+
+
+# --- continuations, logits, embeddings ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """A continuation's ids and the log probability of each, in nats."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        """An id's; for continuations of different lengths."""
+        return self.total / len(self.logprobs)
+
+
+def score(reading: Reading, row: Row, prompt: Sequence[int], continuation: Sequence[int]) -> Score:
+    """How likely `continuation` is after `prompt`, both at least one id, read into `row`."""
+    ids, found = [*prompt, *continuation], list[float]()
+    for begin, logits in reading.over(row, ids[:-1], len(prompt) - 1):
+        targets = ids[begin + 1 : begin + 1 + logits.shape[1]]
+        found += (
+            float(log_probabilities(position, [token])[0])
+            for position, token in zip(logits[0], targets, strict=True)
+        )
+    return Score(tuple(continuation), tuple(found))
+
+
+def logits_at(reading: Reading, row: Row, ids: Sequence[int], positions: Sequence[int]) -> Logits:
+    """The logits after each of `positions` of a text, float32 [len(positions), vocab]."""
+    result = np.empty((len(positions), reading.decoder.vocab_size), np.float32)
+    for begin, logits in reading.over(row, ids[: max(positions) + 1], min(positions)):
+        for number, position in enumerate(positions):
+            if begin <= position < begin + logits.shape[1]:
+                result[number] = logits[0, position - begin]
+    return result
+
+
+Pooling = Literal["mean", "last"]
+
+
+def embed(reading: Reading, row: Row, ids: Sequence[int], pooling: Pooling) -> Hidden:
+    """What the head reads, of all ids in the mean or of the last one, float32 [n_embd]. Raises
+    BundleError for a decoder that does not give it."""
+    row.rewind(0)
+    total = np.zeros(0, np.float64)
+    for begin, end in passes(0, len(ids)):
+        part = list(ids[begin:end])
+        hidden = reading.decoder.hidden_states(part, row.cache, interrupt=reading.interrupt)
+        row.ids += part
+        total = hidden.sum(0, np.float64) + (total if begin else 0.0)
+    row.exact = len(ids) & ~1
+    pooled = total / len(ids) if pooling == "mean" else hidden[-1]
+    return pooled.astype(np.float32)

@@ -238,9 +238,7 @@ class Session:
     # --- inside -----------------------------------------------------------------------------------
 
     def _encoded(self, text: Prompt) -> list[int]:
-        if isinstance(text, str) and self._ids:
-            return self._generator.tokenizer.encode(text, whole=False)
-        return self._generator.encode(text)
+        return self._generator.encode(text, whole=not self._ids)
 
     def _read(self, cancellation: Cancellation | None, progress: Progress | None) -> None:
         slab, calls = self._grown(len(self._ids)), self._generator.calls

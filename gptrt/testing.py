@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptrt.cache import KVCache
-from gptrt.decoder import Ids, Logits, check_capacity, check_ids
+from gptrt.decoder import (
+    Hidden,
+    Ids,
+    Logits,
+    check_capacity,
+    check_ids,
+    no_hidden_states,
+)
 from gptrt.generator import Generator, Prompt
 from gptrt.interrupt import Interrupt
 from gptrt.tokenizer import Tokenizer, byte_values
@@ -44,10 +51,10 @@ class FakeGenerator(Generator):
         self._known: list[list[int]] = []  # prompts with their answers
         self._set_up(FakeDecoder(self._predict, context=context), byte_tokenizer())
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        ids = super().encode(prompt)
-        whole = [*ids, *self._answer(self.tokenizer.decode(ids)).encode(), EOS]
-        self._known = [whole, *(known for known in self._known if known != whole)]
+    def encode(self, prompt: Prompt, *, whole: bool = True) -> list[int]:
+        ids = super().encode(prompt, whole=whole)
+        told = [*ids, *self._answer(self.tokenizer.decode(ids)).encode(), EOS]
+        self._known = [told, *(known for known in self._known if known != told)]
         return ids
 
     def _predict(self, seen: list[int]) -> Logits:
@@ -101,6 +108,12 @@ class FakeDecoder:
         self.passes.append(new)
         cache.advance(new)
         return np.array(logits, np.float32)
+
+    def hidden_states(
+        self, ids: Sequence[int], cache: KVCache, *, interrupt: Interrupt | None = None
+    ) -> Hidden:
+        del ids, cache, interrupt
+        raise no_hidden_states()
 
 
 class _Seen:
