@@ -43,10 +43,10 @@ _RUN = """
 import json, resource, sys, time
 from gptrt import Generator
 began = time.perf_counter()
-generator = Generator(sys.argv[1], device="cpu")
+opened = Generator(sys.argv[1], device="cpu")
 loaded = time.perf_counter()
 ids, stamps = list(range(5, 5 + int(sys.argv[2]))), []
-generator.tokenizer = generator.tokenizer.endless()
+generator = Generator.from_parts(opened.decoder, opened.tokenizer.endless())
 for _ in generator.tokens(ids, max_new_tokens=int(sys.argv[3])):
     stamps.append(time.perf_counter())
 print(json.dumps({

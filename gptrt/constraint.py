@@ -204,7 +204,7 @@ class Guide:
                 "an id that the constraint allows", found=str(token), do="choose what filter leaves"
             )
         self._bound = len(self._ending) if self._sure else self._bound + self._stride
-        self._room -= 1
+        self._room = max(0, self._room - 1)
         self._mask, self._endings = None, {}
 
     @property
@@ -276,9 +276,11 @@ class Guide:
             self._ending = self._finder.find(self._matcher, _LONGEST) or []
             if not self._ending:
                 raise self._stuck()
-        if len(self._ending) > self._room:
-            shorter = self._finder.find(self._matcher, int(self._room))
-            self._ending = shorter or self._ending
+        # What is forced is forced in the tokenizer's own ids, which another may spell otherwise.
+        spelled = not self._ending or self._allowed()[self._ending[0]]
+        if len(self._ending) > self._room or not spelled:
+            limit = int(min(self._room, _LONGEST))
+            self._ending = self._finder.find(self._matcher, limit) or self._ending
         self._sure, self._bound = True, float(len(self._ending))
         if self._bound > self._room:
             raise OptionError(
@@ -395,14 +397,20 @@ class _Vocabulary:
         return [int(token) for token in ids[:_LIKELY]]
 
     def closers(self, mask: Mask) -> NDArray[np.int64]:
-        """The ids in `mask`, those first that mostly close what is open."""
+        """Ids in `mask`, those first that mostly close what is open."""
         in_text = self._letters and mask[self._letters].mean() > 0.4
-        order = self._in_text if in_text else self._outside
-        return order[mask[order]]
+        return _in_order(self._in_text if in_text else self._outside, mask)
 
     def shortest(self, mask: Mask) -> NDArray[np.int64]:
-        """The ids in `mask`, those of the fewest bytes first."""
-        return self._shortest[mask[self._shortest]]
+        """Ids in `mask`, those of the fewest bytes first."""
+        return _in_order(self._shortest, mask)
+
+
+def _in_order(order: NDArray[np.int64], mask: Mask) -> NDArray[np.int64]:
+    """Of `order` those in `mask`; mostly it is enough to look among the first."""
+    first = order[:2048]
+    found = first[mask[first]]
+    return found if len(found) else order[mask[order]]
 
 
 class _Finder:
@@ -513,7 +521,7 @@ class _Spelling:
         self.special_token_ids = sorted(special | eos)
         self.eos_token_id = min(eos, default=None)
         self.tokens = _token_bytes(tokenizer, names)
-        # Ids without bytes can never be written, and of equals the last is.
+        # Ids without bytes are never written, and of those with the same bytes only one is.
         texts = ((t, b) for t, b in enumerate(self.tokens) if b and t not in special | eos)
         self.ids = {spelled: token for token, spelled in texts}
         self._longest = max(map(len, self.ids), default=0)
@@ -623,9 +631,10 @@ def _referred(schema: Any, reference: str) -> Any:
     """What a reference points to; anything, where that is not simply a place in the schema."""
     for key in reference.removeprefix("#").split("/")[1:]:
         key = unquote(key).replace("~1", "/").replace("~0", "~")
-        found = dict(enumerate(schema)) if isinstance(schema, list) else schema
-        found = {str(name): part for name, part in found.items()} if found else {}
-        schema = found.get(key, True)
+        found = (
+            {str(i): part for i, part in enumerate(schema)} if isinstance(schema, list) else schema
+        )
+        schema = found.get(key, True) if isinstance(found, dict) else True
     return schema
 
 
@@ -656,15 +665,18 @@ def _least_match(pattern: str) -> int:
 
 
 def _least_array(schema: Mapping[str, Any], sizes: Mapping[str, float]) -> float:
-    first, least = _list(schema, "prefixItems"), _number(schema, "minItems")
-    items = [*first, *[schema.get("items", True)] * (least - len(first))][:least]
-    return sum(2 + _least(item, sizes) for item in items)
+    count = _number(schema, "minItems")
+    first = _list(schema, "prefixItems")[:count]
+    size = sum(2 + _least(item, sizes) for item in first)
+    others = count - len(first)
+    return size + (others * (2 + _least(schema.get("items"), sizes)) if others else 0)
 
 
 def _least_object(schema: Mapping[str, Any], sizes: Mapping[str, float]) -> float:
     properties, others = schema.get("properties"), schema.get("additionalProperties", True)
     known = properties if isinstance(properties, dict) else {}
-    size = _number(schema, "minProperties") * (_SCALAR + _least(others, sizes))
+    count = _number(schema, "minProperties")
+    size = count * (_SCALAR + _least(others, sizes)) if count else 0
     for name in _list(schema, "required"):
         size += len(json.dumps(name)) + 4 + _least(known.get(name, others), sizes)
     return size

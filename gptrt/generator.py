@@ -149,10 +149,14 @@ class Generator:
     ) -> None:
         if reuse not in ("exact", "all", "none"):
             raise OptionError('reuse "exact", "all" or "none"', found=repr(reuse), do="choose one")
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self._calls: Calls | None = Calls(
             decoder, tokenizer, draft=draft, reuse=reuse, limit=cache_limit
         )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
 
     @property
     def calls(self) -> Calls:

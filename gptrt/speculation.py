@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-_NGRAM = 3  # ids that must agree for what followed them to be a guess
+_NGRAMS = (3, 2)  # ids that must agree for what followed them to be a guess; the longer first
+_BLIND_GUESS = 2  # ids, where none agree but a copy was just interrupted
 _FIRST_GUESS = 4  # ids, until it is known how often guesses come true
 _LONGEST_PAUSE = 64  # steps without a guess, after guesses that failed
 
@@ -48,30 +49,53 @@ class Pace:
         if accepted == guessed:
             self._size = min(2 * self._size, self._longest)
         else:
-            self._size = max(1, (self._size + accepted) // 2)
+            self._size = max(1, (self._size + accepted + 1) // 2)
         self._pause = 0 if accepted else min(max(1, 2 * self._pause), _LONGEST_PAUSE)
         self._waiting = self._pause
 
 
 class PromptLookup:
-    """What followed the last time that the last few ids occurred, in the prompt or after it.
+    """What followed the last time that the last few ids occurred, in the prompt or after it
+    (https://github.com/apoorvumang/prompt-lookup-decoding).
 
-    https://github.com/apoorvumang/prompt-lookup-decoding
+    Where a guess came true up to an id that was another, that id may be all that was changed, as in
+    an edited text: a short guess goes on behind it until the last ids are found again.
     """
 
     def __init__(self, longest: int) -> None:
         self._pace = Pace(longest)
-        self.learn = self._pace.learn
         self._seen: dict[tuple[int, ...], int] = {}  # where what follows an n-gram begins
         self._indexed = 0  # ids
+        self._start = 0  # of the last guess
+        self._behind: int | None = None  # the id at which it failed
+        self._blind = False  # whether it was made by that alone
 
     def propose(self, ids: Sequence[int], room: int) -> list[int]:
-        for end in range(max(self._indexed, _NGRAM), len(ids)):
-            self._seen[tuple(ids[end - _NGRAM : end])] = end
+        self._index(ids)
+        size, start = self._pace.next(), self._found(ids)
+        self._blind = start is None and self._behind is not None
+        if self._blind:
+            start, size = self._behind, min(size, _BLIND_GUESS)
+        if start is None:
+            return []
+        self._start = start
+        return list(ids[start : start + min(size, room)])
+
+    def learn(self, guessed: int, accepted: int) -> None:
+        self._behind = self._start + accepted + 1 if 0 < accepted < guessed else None
+        if not self._blind:
+            self._pace.learn(guessed, accepted)
+
+    def _index(self, ids: Sequence[int]) -> None:
+        """Take note of what is new, but for the last id, which nothing follows yet."""
+        for end in range(max(self._indexed, min(_NGRAMS)), len(ids)):
+            for size in _NGRAMS:
+                self._seen[tuple(ids[max(0, end - size) : end])] = end
         self._indexed = len(ids)
-        start = self._seen.get(tuple(ids[-_NGRAM:]))
-        size = 0 if start is None else min(self._pace.next(), room)
-        return [] if start is None else list(ids[start : start + size])
+
+    def _found(self, ids: Sequence[int]) -> int | None:
+        places = (self._seen.get(tuple(ids[-size:])) for size in _NGRAMS)
+        return next((place for place in places if place is not None), None)
 
 
 class Forced:

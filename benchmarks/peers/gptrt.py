@@ -29,9 +29,11 @@ class Gptrt:
         del context  # the cache is made as long as the call needs it
         from gptrt import Generator
 
-        self._generator = Generator(path, device="cpu", threads=threads)
-        self._generator.tokenizer = self._generator.tokenizer.endless()
-        self._decoder = self._generator.decoder
+        opened = Generator(path, device="cpu", threads=threads)
+        self._decoder = opened.decoder
+        # Every round reads its prompt anew, and no id ends a text.
+        endless = opened.tokenizer.endless()
+        self._generator = Generator.from_parts(self._decoder, endless, reuse="none")
 
     def generate(self, rows: Rows, new: int, step: Step) -> None:
         if len(rows) == 1:
