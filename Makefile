@@ -44,7 +44,7 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 tales: $(VENV)/demo.stamp
 	$(BIN)/python models/tales_corpus.py $(BOOKS) runs/corpus
 	$(BIN)/gptrt-export train --preset tales --data runs/corpus/train --valid runs/corpus/valid --out runs/tales
-	$(BIN)/gptrt-export convert runs/tales --out models/tales --quantize int8 --force $(TALES_NOTES)
+	$(BIN)/gptrt-export convert runs/tales --out models/tales --quantize int8 --hidden-states --force $(TALES_NOTES)
 
 TALES_NOTES := --note "data=public-domain English stories, cleaned by models/tales_corpus.py" \
 	--note "licence=Apache-2.0; the books are in the public domain in the United States" \

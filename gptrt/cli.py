@@ -93,7 +93,14 @@ def main() -> None:
 @click.option("--repetition-penalty", type=float, help="Above 1, repeat less.")
 @click.option("--no-repeat-ngram-size", type=int, help="Never repeat so many ids in a row.")
 @click.option("--stop", "stop_strings", multiple=True, help="End before this; may be repeated.")
-@click.option("--max-time", type=float, help="Seconds.")
+@click.option("--num-beams", type=int, help="Search with so many beams.")
+@click.option("--prompt-lookup-num-tokens", type=int, help="Guess ids by the text so far.")
+@click.option("--draft", type=_path, help="A smaller bundle that guesses.")
+@click.option("--json-schema", type=_path, help="Write JSON that follows the schema in this file.")
+@click.option("--regex", help="Write what matches this pattern.")
+@click.option("--context-overflow", type=click.Choice(["stop", "slide"]))
+@click.option("--max-time", type=float, help="Seconds, after which no id is begun.")
+@click.option("--timeout", type=float, help="Seconds, after which nothing is waited for.")
 @click.option("--seed", type=int, help="The same seed gives the same text.")
 @_engine
 @_json
@@ -108,12 +115,14 @@ def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
         raise click.UsageError(f"Wanted [BUNDLE] PROMPT, got {len(words)} words: quote the prompt.")
     *bundle, prompt = words
     options["stop_strings"] = options["stop_strings"] or None
-    engine = _given(device=options.pop("device"), threads=options.pop("threads"))
+    options["constraint"] = _constraint(options.pop("json_schema"), options.pop("regex"))
+    engine = _given(**{name: options.pop(name) for name in ("device", "threads", "draft")})
     with Generator(*bundle, **engine) as generator:
-        if as_json:
+        if as_json or options["num_beams"]:  # a search has nothing to stream
             result = generator.complete(_read_prompt(prompt), **options)
             keys = ("text", "prompt_ids", "ids", "finish_reason")
-            _print_json({key: getattr(result, key) for key in keys})
+            shown = {key: getattr(result, key) for key in keys}
+            click.echo(json.dumps(shown) if as_json else result.text)
             return
         for piece in generator.stream(_read_prompt(prompt), **options):
             click.echo(piece, nl=False)  # flushes
@@ -150,11 +159,9 @@ def perplexity(bundle: Path, file: Path, stride: int | None, as_json: bool, **op
     from dataclasses import asdict
 
     from gptrt.generator import Generator
-    from gptrt.scoring import perplexity as score
 
     with Generator(bundle, **_given(**options)) as generator:
-        ids = generator.tokenizer.encode(_read_text(file))
-        _report(asdict(score(generator.decoder, ids, stride=stride)), as_json)
+        _report(asdict(generator.perplexity(_read_text(file), stride=stride)), as_json)
 
 
 @main.command()
@@ -200,6 +207,17 @@ def doctor(as_json: bool) -> None:
         for f in findings:
             click.echo(f"{f.level:8} {f.what:16} {f.found}")
     sys.exit(any(f.level == "missing" for f in findings))
+
+
+def _constraint(schema: Path | None, pattern: str | None) -> Any:
+    """Of the two at most one."""
+    from gptrt.constraint import JsonSchema, Regex
+
+    if schema is not None and pattern is not None:
+        raise click.UsageError("Wanted --json-schema or --regex, got both: choose one.")
+    if schema is not None:
+        return JsonSchema(_read_text(schema))
+    return None if pattern is None else Regex(pattern)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class JsonSchema:
 
 @dataclass(frozen=True)
 class Regex:
-    """A pattern that the whole text matches, in the syntax of Rust's regex, without look-around."""
+    """A pattern that the whole text matches, in the syntax of Rust's regex: it has no look-around,
+    and \\d are the digits of every script."""
 
     text: str
 

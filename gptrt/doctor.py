@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, DependencyError, FidelityError
 from gptrt.format import Bundle, Golden, open_bundle, read_manifest
 from gptrt.generator import Generator, embedded_bundle, open_decoder
-from gptrt.machine import cpu_quota, usable_cores
+from gptrt.machine import cpu_quota, memory_limit, usable_cores
 from gptrt.schema import encode
 from gptrt.tokenizer import Tokenizer
 
@@ -97,8 +98,17 @@ def diagnose() -> list[Finding]:
         *_onnxruntime(),
         *_processor(),
         _memory(),
+        *(_extra(name, purpose) for name, purpose in _EXTRAS.items()),
         _embedded(),
     ]
+
+
+_EXTRAS = {"llguidance": "structured output: gptrt[structured]", "jinja2": "chat: gptrt[chat]"}
+
+
+def _extra(name: str, purpose: str) -> Finding:
+    version = _version(name)
+    return Finding("ok" if version else "note", name, version or f"not installed; for {purpose}")
 
 
 def _package(name: str) -> Finding:
@@ -125,7 +135,42 @@ def _onnxruntime() -> list[Finding]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         both = "onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, install one"
         findings.append(Finding("note", "packages", both))
-    return findings
+    return [*findings, *_cuda(ort)]
+
+
+# The beginning of a library's name, and the package that brings it.
+_CUDA_PACKAGES = {
+    "libcublas": "nvidia-cublas",
+    "libcudart": "nvidia-cuda-runtime",
+    "libcudnn": "nvidia-cudnn",
+    "libcufft": "nvidia-cufft",
+    "libcurand": "nvidia-curand",
+    "libnvrtc": "nvidia-cuda-nvrtc",
+    "libcuda.": "the driver of the card",
+}
+
+
+def _cuda(ort: Any) -> list[Finding]:
+    """Whether a card is used, and what keeps it from being used."""
+    card = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        unused = "a card is here, and no CUDA in onnxruntime: pip install 'gptrt[cuda]'"
+        return [Finding("note", "cuda", unused)] if card else []
+    try:
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        folder = Path(ort.__file__).parent / "capi"
+        for name in ("shared", "cuda"):
+            ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL)
+    except OSError as e:
+        return [Finding("note", "cuda", _missing_library(str(e)))]
+    return [Finding("ok" if card else "note", "cuda", "loads" if card else "loads; no card found")]
+
+
+def _missing_library(message: str) -> str:
+    """What the dynamic loader says, and the package to install."""
+    package = next((p for name, p in _CUDA_PACKAGES.items() if name in message), None)
+    return message if package is None else f"{message}: install {package}"
 
 
 def _processor() -> list[Finding]:
@@ -153,7 +198,9 @@ def _memory() -> Finding:
         total, free = (size * os.sysconf(n) / 1e9 for n in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
     except (AttributeError, OSError, ValueError):  # Windows, macOS
         return Finding("note", "memory", "unknown")
-    return Finding("ok", "memory", f"{free:.1f} of {total:.1f} GB free")
+    limit = memory_limit()
+    bound = "" if limit is None else f", limit of the container: {limit / 1e9:.1f} GB"
+    return Finding("ok", "memory", f"{free:.1f} of {total:.1f} GB free{bound}")
 
 
 def _embedded() -> Finding:

@@ -24,3 +24,14 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError):
         return None
+
+
+def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the container may use; None if it is not limited."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
+        try:
+            limit = int((root / name).read_text())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        return limit if limit < 1 << 60 else None
+    return None
