@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gptrt.errors import BundleError, DependencyError, DeviceError, OptionError
+from gptrt.errors import BundleError, DependencyError, DeviceError, OptionError, first_line
 from gptrt.interrupt import Interrupt
 from gptrt.machine import usable_cores
 
@@ -109,10 +109,12 @@ class Engine:
         options = None if interrupt is None else interrupt.handle(self._run_options)
         try:
             self._session.run_with_iobinding(binding, options)
-        except RuntimeError:
+        except Exception as e:  # its exceptions have no common base
             if interrupt is not None:
                 interrupt.check()
-            raise
+            raise BundleError(
+                "a graph that runs", found=first_line(e), do="export the bundle again"
+            ) from e
         finally:
             self.seconds += time.perf_counter() - began
 

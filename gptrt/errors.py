@@ -13,6 +13,8 @@ class GptrtError(Exception):
     exit_status = 2
 
     def __init__(self, wanted: str, *, found: str, do: str) -> None:
+        # What a damaged file holds may be no text that can be printed.
+        wanted, found, do = (_printable(part) for part in (wanted, found, do))
         super().__init__(f"wanted {wanted}; found {found}; {do}")
         self.wanted = wanted
         self.found = found
@@ -21,6 +23,10 @@ class GptrtError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments need this to cross a process boundary.
         return (_rebuild, (type(self), self.wanted, self.found, self.do))
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def first_line(error: BaseException) -> str:

@@ -57,6 +57,7 @@ def present_name(layer: int, part: Literal["key", "value"]) -> str:
 # --- the data: frozen, validated where it enters ----------------------------------------------
 
 _MAX_FILE = 1 << 40
+_LONGEST_NAME = 255  # bytes, of a file on any system
 _CHUNK = 1 << 22  # bytes hashed at a time: other threads run meanwhile
 
 
@@ -174,7 +175,9 @@ class Manifest:
 
 
 def _is_plain_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\:\0")
+    if not 0 < len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME or name in (".", ".."):
+        return False
+    return name.isprintable() and not any(c in name for c in "/\\:")
 
 
 # --- reading and describing a bundle on disk ----------------------------------------------------
