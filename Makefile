@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check tales clean
+.PHONY: demo test check soak tales clean
 
 # CPython's own manual, one paragraph a line: real text that is on every machine.
 DEMO_TEXT := from pydoc_data.topics import topics; \
@@ -29,6 +29,10 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Memory that grows, calls that do not end, files that do harm: minutes.
+soak: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.soak
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -286,6 +286,7 @@ class Calls:
         with self._lock:
             self.listed.add(interrupt)
         try:
+            interrupt.begin()
             yield
         finally:
             with self._lock:

@@ -4,7 +4,7 @@ jinja2's sandbox, where a template reaches nothing but what it is given."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,13 +28,16 @@ class ChatTemplate:
     eos_token: str = ""
 
     @classmethod
-    def read(cls, folder: Path) -> ChatTemplate | None:
-        """That of a folder, if it has one. Raises BundleError for JSON that is none."""
-        path, file = folder / TOKENIZER_CONFIG_FILE, folder / TEMPLATE_FILE
-        config = read_json(path, error=BundleError) if path.is_file() else {}
+    def read(cls, folder: Path, listed: Container[str] | None = None) -> ChatTemplate | None:
+        """That of a folder, if it has one; of its files only those that are `listed`, if they are.
+        Raises BundleError for JSON that is none."""
+        path, file = (
+            _if_listed(folder / name, listed) for name in (TOKENIZER_CONFIG_FILE, TEMPLATE_FILE)
+        )
+        config = {} if path is None else read_json(path, error=BundleError)
         if not isinstance(config, dict):
             return None
-        source = file.read_text(encoding="utf-8") if file.is_file() else _source(config)
+        source = _source(config) if file is None else _read_text(file)
         tokens = (_text(config.get(f"{name}_token")) for name in ("bos", "eos"))
         return cls(source, *tokens) if source else None
 
@@ -61,12 +64,24 @@ class ChatTemplate:
             ) from e
 
 
+def _if_listed(path: Path, listed: Container[str] | None) -> Path | None:
+    """What nobody has hashed is no part of a bundle."""
+    return path if path.is_file() and (listed is None or path.name in listed) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BundleError(f"a chat template in {path}", found=str(e), do="restore the file") from e
+
+
 def _source(config: Mapping[str, Any]) -> str:
     """One template, or several by name."""
     found = config.get("chat_template")
     if isinstance(found, list):
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
+        named = [t for t in found if isinstance(t, dict) and t.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     return found if isinstance(found, str) else ""
 
 

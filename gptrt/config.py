@@ -192,6 +192,8 @@ def _contradictions(options: Mapping[str, Any]) -> list[str]:
             found.append("num_beams contradicts sampling")
         if options["num_return_sequences"] > options["num_beams"]:
             found.append("num_return_sequences is above num_beams")
+        if options["context_overflow"] == "slide":
+            found.append("num_beams contradicts context_overflow='slide'")
     return found
 
 

@@ -306,11 +306,14 @@ def _check_graph(engine: Engine, manifest: Manifest) -> None:
     outputs = {LOGITS: ("tensor(float)", (None, None, manifest.model.vocab_size))}
     if manifest.hidden_states:
         outputs[HIDDEN_STATES] = ("tensor(float)", (None, None, _width(manifest)))
-    faults = [
-        *_differences("input", engine.inputs, inputs | {past: cache for past, _ in names}),
-        *_differences("optional input", engine.optional_inputs, optional),
-        *_differences("output", engine.outputs, outputs | {now: cache for _, now in names}),
-    ]
+    try:
+        faults = [
+            *_differences("input", engine.inputs, inputs | {past: cache for past, _ in names}),
+            *_differences("optional input", engine.optional_inputs, optional),
+            *_differences("output", engine.outputs, outputs | {now: cache for _, now in names}),
+        ]
+    except UnicodeDecodeError as e:
+        faults = [f"a name that is no text: {e}"]
     if faults:
         raise BundleError(
             f"the inputs and outputs of a {layout.layers}-layer decoder",

@@ -126,7 +126,7 @@ class Reading:
     def over(self, row: Row, ids: Sequence[int], first: int) -> Iterator[tuple[int, Logits]]:
         """The same, giving the logits after every position from `first` on, pass by pass: where
         they begin, and [1, n, vocab]."""
-        start = min(self.usable(row, ids), first & ~1)
+        start = min(self.usable(row, ids), first & ~1 if self.exact else first)
         row.rewind(start)
         for begin, end in passes(start, len(ids)):
             part, kept = list(ids[begin:end]), max(begin, min(first, end - 1))
@@ -216,6 +216,10 @@ class Continuation:
 
     def choose(self, logits: Logits) -> bool:
         """Whether an id was chosen from logits [..., vocab], rather than the end."""
+        guide = self.sampler.guide
+        if guide is not None and guide.finished:  # the constraint allows no text at all
+            self.finish_reason = "stop"
+            return False
         token = self.sampler.next(logits)
         if token in self.eos_token_ids:
             self.finish_reason = "stop"
@@ -223,7 +227,6 @@ class Continuation:
         if self.config.logprobs or self.config.top_logprobs:
             self._note(logits.reshape(-1), token)
         self.ids.append(token)
-        guide = self.sampler.guide
         if guide is not None and guide.finished:
             self.finish_reason = "stop"
         elif len(self.ids) == self.room:

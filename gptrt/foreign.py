@@ -124,7 +124,8 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
 
 def folder_of(bundle: Bundle) -> ForeignFolder:
     """The same for a bundle, whose files are checked: its graph is another library's."""
-    config = _read(bundle.file(CONFIG_FILE))
+    listed = CONFIG_FILE in bundle.manifest.files
+    config = _read(bundle.file(CONFIG_FILE)) if listed else {}
     context = bundle.manifest.model.n_positions
     return ForeignFolder(bundle.path, bundle.file(GRAPH_FILE), context, (), config)
 

@@ -504,10 +504,16 @@ def _open(
     # Hashing, opening and reading the tokenizer do not need each other.
     bundle = open_structure(embedded_bundle() if path is None else path)
     hashing = _Beside(lambda: check_weights(bundle))
-    import_onnxruntime()
-    opening = _Beside(lambda: open_decoder(bundle, device=device, threads=threads))
-    tokenizer = Tokenizer.open(bundle)
-    hashing.result()
+    beside: list[_Beside[Any]] = [hashing]
+    try:
+        import_onnxruntime()
+        opening = _Beside(lambda: open_decoder(bundle, device=device, threads=threads))
+        beside.append(opening)
+        tokenizer = Tokenizer.open(bundle)
+        hashing.result()
+    finally:
+        for thread in beside:  # a process that ends while onnxruntime opens a graph aborts
+            thread.join()
     return opening.result(), tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -69,11 +70,16 @@ class Interrupt(Cancellation):
         super().__init__()
         self._handle: Any = None
         self._source = linked
-        if linked is not None:
-            linked.link(self.stop)
-        self._timer = None
-        if seconds is not None:
-            self._timer = threading.Timer(seconds, self.stop, ("time",))
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """From now on somebody listens: a call that never begins leaves nothing behind."""
+        if self._source is not None:
+            self._source.link(self.stop)
+        if self._end is not None:
+            left = max(0.0, self._end - time.monotonic())
+            self._timer = threading.Timer(left, self.stop, ("time",))
             self._timer.daemon = True
             self._timer.start()
 

@@ -125,7 +125,10 @@ def _join(where: str, key: str) -> str:
 
 
 def _fault(faults: list[str], where: str, wanted: str, value: Any) -> None:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:  # json reads a little deeper than repr writes
+        shown = "nested too deeply"
     faults.append(
         f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, wanted {wanted}"
     )

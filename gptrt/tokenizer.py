@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,20 +55,25 @@ class Tokenizer:
     @classmethod
     def open(cls, bundle: Bundle) -> Tokenizer:
         """The tokenizer of a bundle. Raises BundleError if its file cannot be read."""
-        return cls.read(bundle.file(TOKENIZER_FILE), _read_eos_token_ids(bundle))
+        listed = bundle.manifest.files
+        return cls.read(bundle.file(TOKENIZER_FILE), _read_eos_token_ids(bundle), listed)
 
     @classmethod
-    def read(cls, path: Path, eos_token_ids: Iterable[int]) -> Tokenizer:
-        """A `tokenizer.json`. Raises BundleError if it cannot be read."""
+    def read(
+        cls, path: Path, eos_token_ids: Iterable[int], listed: Container[str] | None = None
+    ) -> Tokenizer:
+        """A `tokenizer.json`, with the chat template beside it, if that is `listed`. Raises
+        BundleError if it cannot be read."""
         from tokenizers import Tokenizer as Inner
 
         try:
             inner = Inner.from_file(str(path))
-        except Exception as e:  # the library raises no narrower class
+        except BaseException as e:
+            _pass_on(e)
             raise BundleError(
                 f"a tokenizer in {path}", found=str(e), do="export the bundle again"
             ) from e
-        return cls(inner, eos_token_ids, ChatTemplate.read(path.parent))
+        return cls(inner, eos_token_ids, ChatTemplate.read(path.parent, listed))
 
     def endless(self) -> Tokenizer:
         """The same, with no id that ends a text: for measuring and for comparing ids."""
@@ -96,7 +101,8 @@ class Tokenizer:
         """
         try:
             return self._inner.encode(text, add_special_tokens=whole).ids
-        except Exception as e:  # likewise
+        except BaseException as e:
+            _pass_on(e)
             raise PromptError(
                 "text that this tokenizer knows", found=str(e), do="leave such characters out"
             ) from e
@@ -209,6 +215,13 @@ class StopStrings:
         """The length of the longest end of `text` that begins a stop string."""
         lengths = range(min(len(text), self._longest - 1), 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+
+
+def _pass_on(error: BaseException) -> None:
+    """What is not the library's. It raises no class narrower than Exception, and a panic in Rust
+    is not even that."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 @cache
