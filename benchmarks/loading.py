@@ -60,8 +60,8 @@ import sys
 from gptrt import Generator
 path, prompt, new = sys.argv[1], *map(int, sys.argv[2:])
 generator = Generator(path, device="cpu", threads=2)
-generator.tokenizer = generator.tokenizer.endless()
-ids = generator.tokens([i * 7919 % 250 for i in range(prompt)], max_new_tokens=new)
+endless = Generator.from_parts(generator.decoder, generator.tokenizer.endless(), reuse="none")
+ids = endless.tokens([i * 7919 % 250 for i in range(prompt)], max_new_tokens=new)
 next(ids)
 first = since(began)
 list(ids)

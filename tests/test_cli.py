@@ -329,7 +329,7 @@ def test_an_option_out_of_range_is_refused_with_its_range(
         (["sing"], ("'sing'", "--help")),
         (["generate"], ("[BUNDLE] PROMPT", "--help")),
         (["generate", "{}", "two", "words"], ("[BUNDLE] PROMPT", "3 words", "quote the prompt")),
-        (["generate", "{}", "x", "--num-beams", "2"], ("--num-beams", "--help")),
+        (["generate", "{}", "x", "--num-beam-groups", "2"], ("--num-beam-groups", "--help")),
         (["generate", "{}", "x", "--top-k", "many"], ("--top-k", "'many'", "--help")),
         (["generate", "{}", "x", "--device", "tpu"], ("'tpu'", "'cuda'", "--help")),
         (["perplexity", "{}"], ("FILE", "--help")),

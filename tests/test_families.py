@@ -190,8 +190,8 @@ def test_an_exported_family_gives_transformers_logits_and_greedy_ids(
     for _ in range(64):
         ids = np.append(ids, logits_of(theirs, ids)[:, -1:].argmax(-1), axis=1)
     with Generator(tmp_path / "bundle", device="cpu") as generator:
-        generator.tokenizer = generator.tokenizer.endless()
-        new = list(generator.tokens(prompt[0], max_new_tokens=64))
+        endless = Generator.from_parts(generator.decoder, generator.tokenizer.endless())
+        new = list(endless.tokens(prompt[0], max_new_tokens=64))
     assert new == ids[0, 8:].tolist()
 
 
