@@ -21,8 +21,9 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/gptrt generate "The function" --max-new-tokens 60 --temperature 0.7 --seed 1
 	$(BIN)/gptrt generate demo/bundle "The function" --max-new-tokens 60 --temperature 0.7 --seed 1
 
+# One worker a core; a file's tests stay together, for they share what its fixtures made.
 test: check
-	$(BIN)/python -m pytest -q -rs
+	$(BIN)/python -m pytest -q -rs -n auto --dist loadfile
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
