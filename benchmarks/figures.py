@@ -18,7 +18,7 @@ def draw_bars(results: Results, target: Path) -> None:
     """Decode speed of everyone, a panel a shape, with the lowest and the highest round."""
     shapes = results.shapes("load") or results.shapes("decode")
     counts = [len(list(results.entries_of(shape, "decode"))) for shape in shapes]
-    figure, panels = _figure(7.5, 0.6 * len(shapes) + 0.27 * sum(counts), len(shapes), 1, counts)
+    figure, panels = canvas(7.5, 0.6 * len(shapes) + 0.27 * sum(counts), len(shapes), 1, counts)
     for shape, axes in zip(shapes, panels, strict=True):
         entries = list(results.entries_of(shape, "decode"))[::-1]
         values = [results.values(shape, e.who, "decode") for e in entries]
@@ -48,7 +48,7 @@ def draw_curves(results: Results, target: Path) -> None:
     drawn = [d for d in drawn if results.shapes(d[0]) and (d[0] != "decode" or _sized(results))]
     if not drawn:
         return
-    figure, panels = _figure(4.2 * len(drawn), 3.6, 1, len(drawn))
+    figure, panels = canvas(4.2 * len(drawn), 3.6, 1, len(drawn))
     for axes, (_, draw) in zip(panels, drawn, strict=True):
         draw(axes, results)
         if axes.get_yscale() == "linear":
@@ -149,7 +149,7 @@ def _is_ours(who: str) -> bool:
     return who.startswith(f"{OURS.name} ")
 
 
-def _figure(
+def canvas(
     width: float, height: float, rows: int, columns: int, heights: list[int] | None = None
 ) -> tuple[Any, list[Any]]:
     """A figure that needs no display, and its panels in a row or a column."""

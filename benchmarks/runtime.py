@@ -2,9 +2,11 @@
 
     python -m benchmarks.runtime WORK [--preset gpt2-124m] [--quantize int8] [--rounds 5]
 
-Weights are random: speed does not look at them. What is written is prescribed by a logits processor
-therefore, in both ways of writing it: an edited text, of which a prompt holds the original, and one
-that repeats nothing. Interleaved rounds in one process, medians of their ratios.
+Weights are random: speed does not look at them. What is written is prescribed by a logits
+processor therefore, in all ways of writing it: an edited text, of which a prompt holds the
+original; one that repeats nothing; and one whose ids are as unequally frequent as words are, so
+that pairs of them come again by chance and promise a continuation that does not come. Interleaved
+rounds in one process, medians of their ratios.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -28,7 +30,8 @@ from gptrt import GenerationConfig, Generator
 from .models import random_checkpoint
 from .peers.gptrt import build
 
-_PROMPTS, _LENGTHS, _NEW = 8, (8, 48), 64
+_PROMPTS, _LENGTHS, _NEW = 8, (8, 48), 128
+Ids = list[int]
 _TEXT, _EDIT_EVERY, _GUESSES = 240, 16, 16  # ids; one in so many is changed
 
 
@@ -67,7 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    bundle = _bundle(args.work, args.preset, args.quantize)
+    bundle = random_bundle(args.work, args.preset, args.quantize)
     opened = Generator(bundle, threads=args.threads)
     generator = Generator.from_parts(opened.decoder, opened.tokenizer.endless(), reuse="none")
     print(
@@ -84,7 +87,7 @@ def main() -> None:
         )
 
 
-def _bundle(work: Path, preset: str, quantize: str) -> Path:
+def random_bundle(work: Path, preset: str, quantize: str) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, out = random_checkpoint(preset, work), work / preset / f"gptrt-{quantize}"
     if not out.exists():
@@ -96,12 +99,25 @@ def measure(generator: Generator, rounds: int) -> list[Gain]:
     draw = random.Random(0)
     return [
         _batch(generator, draw, rounds),
-        _guessing(generator, draw, rounds, "edited text, looked up", edited=True),
-        _guessing(generator, draw, rounds, "new text, looked up in vain", edited=False),
+        *(_guessing(generator, rounds, *text) for text in _texts(draw, generator)),
     ]
 
 
-def _ids(draw: random.Random, generator: Generator, count: int) -> list[int]:
+def _texts(draw: random.Random, generator: Generator) -> Iterator[tuple[str, Ids, Ids]]:
+    """A name, the prompt, and what is to be written after it."""
+    original, new, other = (_ids(draw, generator, _TEXT) for _ in range(3))
+    edited = [
+        b if n % _EDIT_EVERY == 0 else a for n, (a, b) in enumerate(zip(original, new, strict=True))
+    ]
+    yield "edited text, looked up", original, edited
+    yield "text that repeats nothing, looked up in vain", original, other
+    # Zipf and Mandelbrot's law: the word of rank r has a share in proportion to 1 / (r + 2.7).
+    ranks = range(generator.decoder.vocab_size)
+    words = draw.choices(ranks, [1 / (rank + 2.7) for rank in ranks], k=2 * _TEXT)
+    yield "text that repeats words by chance", words[:_TEXT], words[_TEXT:]
+
+
+def _ids(draw: random.Random, generator: Generator, count: int) -> Ids:
     return [draw.randrange(generator.decoder.vocab_size) for _ in range(count)]
 
 
@@ -123,26 +139,19 @@ def _batch(generator: Generator, draw: random.Random, rounds: int) -> Gain:
     return Gain(f"{_PROMPTS} prompts in a batch", *speeds, note)
 
 
-def _guessing(
-    generator: Generator, draw: random.Random, rounds: int, name: str, *, edited: bool
-) -> Gain:
-    original = _ids(draw, generator, _TEXT)
-    new = _ids(draw, generator, _TEXT)
-    mixed = [
-        b if n % _EDIT_EVERY == 0 else a for n, (a, b) in enumerate(zip(original, new, strict=True))
-    ]
-    wanted = tuple(mixed if edited else new)
-    only = Prescribed(_TEXT, wanted)
+def _guessing(generator: Generator, rounds: int, name: str, prompt: Ids, text: Ids) -> Gain:
+    wanted = tuple(text)
+    only = Prescribed(len(prompt), wanted)
 
     def write(**options: Any) -> Any:
         result = generator.complete(
-            original, max_new_tokens=_TEXT, logits_processor=only, **options
+            prompt, max_new_tokens=len(text), logits_processor=only, **options
         )
         assert result.ids == wanted
         return result.timings
 
     timings = write(prompt_lookup_num_tokens=_GUESSES)
-    speeds = _rounds(write, lambda: write(prompt_lookup_num_tokens=_GUESSES), _TEXT, rounds)
+    speeds = _rounds(write, lambda: write(prompt_lookup_num_tokens=_GUESSES), len(text), rounds)
     note = f"{timings.accepted_tokens} of {timings.guessed_tokens} guesses came true"
     return Gain(name, *speeds, note)
 
