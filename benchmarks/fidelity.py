@@ -32,6 +32,7 @@ RECIPES: dict[str, list[str]] = {
     "int4, learned, block 128, head int4": [
         *("--method", "learned", "--block-size", "128", "--head-bits", "4"),
     ],
+    "mixed, 4.46 bits, learned": ["--bits-per-weight", "4.46", "--method", "learned"],
     "int4, nearest": ["--method", "nearest"],
     "int4, k-quant": ["--method", "k-quant"],
     "int4, hqq": ["--method", "hqq"],

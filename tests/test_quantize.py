@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from export.options import ConvertOptions
 from export.parts import parameter_of, rows_of, split
 from export.pipeline import convert
 from export.progress import silent
-from export.quantize import Recipe, average_bits, matrix_shapes, quantize_model
+from export.quantize import BY_TEXT, Recipe, average_bits, matrix_shapes, quantize_model
 from export.reopen import load_bundle
 from export.rounding import DATA_FREE, Moments, error_corrected, nearest
 from export.runs import Run, create_run, open_run
@@ -134,13 +135,17 @@ def test_a_budget_that_no_plan_keeps_is_refused_with_what_is_possible() -> None:
         plan_for_damage(options_by_hand(), 1e-6)
 
 
-def test_a_mixed_bundle_keeps_its_budget_and_shows_why(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "learned"])
+def test_a_mixed_bundle_keeps_its_budget_and_shows_why(
+    run: Run, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BY_TEXT, "learned", partial(learn_rounding, steps=2))  # of 600
     out = tmp_path / "mixed"
-    result = run_cli(
-        gptrt_export, "convert", run.path, "--out", out, "--bits-per-weight", 7.5, "--allow-loss"
-    )
+    budget = ("--bits-per-weight", 7.5, "--method", method)
+    result = run_cli(gptrt_export, "convert", run.path, "--out", out, *budget, "--allow-loss")
     assert result.exit_code == 0, result.output
     stored = read_manifest(out).quantization
+    assert stored.method == f"{method}, mixed"
     assert stored.bits_per_weight <= 7.5
     assert {m.name for m in stored.matrices} >= {"wte.weight", "h.0.mlp.c_fc.weight"}
     assert all(m.name in result.stderr for m in stored.matrices)
