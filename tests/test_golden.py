@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from export.pipeline import convert
 from export.reopen import load_bundle
 from export.tokenization import from_gpt2_files
 from gptrt.architecture import ModelConfig
+from gptrt.config import GenerationConfig
 from gptrt.decoder import Decoder
 from gptrt.format import open_bundle
 from gptrt.generator import Generator, embedded_bundle
@@ -170,16 +172,28 @@ def test_the_quantized_adder_still_adds(mode: str, right: int, tmp_path: Path) -
     assert (np.concatenate(answers, axis=1) == wanted[:, 4:]).all(axis=1).sum() >= right
 
 
-def test_tiny_random_gpt2_gives_the_greedy_ids_that_onnxruntime_genai_expects(
-    tmp_path: Path,
+@pytest.fixture(scope="module")
+def tiny_random_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
+    folder = tmp_path_factory.mktemp("tiny-random-gpt2")
+    fp32_bundle(load_checkpoint(GOLDEN / "tiny-random-gpt2"), folder)
+    with Generator(folder / "bundle", device="cpu") as generator:
+        yield generator
+
+
+@pytest.mark.parametrize(("search", "beams"), [("greedy", 1), ("beam", 4)])
+def test_tiny_random_gpt2_gives_the_ids_that_onnxruntime_genai_expects(
+    tiny_random_gpt2: Generator, search: str, beams: int
 ) -> None:
-    folder = GOLDEN / "tiny-random-gpt2"
-    expected = json.loads((folder / "expected.json").read_text())["greedy"]
-    fp32_bundle(load_checkpoint(folder), tmp_path)
-    generator = Generator(tmp_path / "bundle", device="cpu")
-    for prompt, wanted in zip(expected["input_ids"], expected["output_ids"], strict=True):
-        new = list(generator.tokens(prompt, max_new_tokens=len(wanted) - len(prompt)))
-        assert [*prompt, *new] == wanted
+    """One prompt at a time, and all in a batch."""
+    expected = json.loads((GOLDEN / "tiny-random-gpt2" / "expected.json").read_text())[search]
+    prompts, wanted = expected["input_ids"], expected["output_ids"]
+    new = expected["max_length"] - len(prompts[0])
+    config = GenerationConfig(max_new_tokens=new, num_beams=beams)
+    alone = [tiny_random_gpt2.complete(prompt, config=config) for prompt in prompts]
+    together = tiny_random_gpt2.complete_batch(prompts, config=config)
+    for results in (alone, together):
+        ids = [[*prompt, *result.ids] for prompt, result in zip(prompts, results, strict=True)]
+        assert ids == wanted
 
 
 def test_gpt2s_own_files_make_a_tokenizer_that_passes_every_known_case() -> None:
