@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from gptrt.architecture import ModelConfig
 from gptrt.chat import ChatTemplate
 from gptrt.errors import CheckpointError, TargetError
 from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
-from gptrt.schema import read_json
+from gptrt.schema import decode, read_json
+from gptrt.task import Task
 
 from .families import family_for, family_named
 from .gguf_file import GgufFile, gguf_file
@@ -47,6 +48,7 @@ from .trained_rounding import TrainedRounding
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LINEAGE_FILE = "lineage.json"
+TASK_FILE = "task.json"
 ROUNDING_FILE, FORMATS_FILE = "quantization.safetensors", "quantization.json"
 POINTER_FILE = "checkpoints.json"  # in a run folder: {"best": folder name, "last": folder name}
 
@@ -66,6 +68,7 @@ class Checkpoint:
     rounding: TrainedRounding | None = None
     special: SpecialIds = field(default_factory=SpecialIds)
     chat_template: ChatTemplate | None = None
+    task: Task | None = None  # what it was fine-tuned for
 
     def model(self, dropout: float = 0.0) -> GPT:
         """The model to train further."""
@@ -149,6 +152,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         _read_rounding(folder, state),
         _special_ids(folder, config, tokenizer),
         ChatTemplate.read(folder),
+        _read_task(folder),
     )
 
 
@@ -197,6 +201,15 @@ def _read_rounding(folder: Path, state: dict[str, Tensor]) -> TrainedRounding | 
     formats = read_json(folder / FORMATS_FILE, error=CheckpointError)
     tensors = dict(_read_file(folder / ROUNDING_FILE))
     return TrainedRounding.read(formats, tensors, state, str(folder / FORMATS_FILE))
+
+
+def _read_task(folder: Path) -> Task | None:
+    file = folder / TASK_FILE
+    if not file.is_file():
+        return None
+    return decode(
+        Task, read_json(file, error=CheckpointError), error=CheckpointError, source=f"{file}"
+    )
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -271,6 +284,8 @@ def save_checkpoint(
         if checkpoint.rounding is not None:
             save_tensors(checkpoint.rounding.tensors(), temporary / ROUNDING_FILE)
             write_json(temporary / FORMATS_FILE, checkpoint.rounding.formats_json())
+        if checkpoint.task is not None:
+            write_json(temporary / TASK_FILE, asdict(checkpoint.task))
         for name, content in (extra or {}).items():
             write = save_tensors if name.endswith(".safetensors") else _write_json_to
             write(content, temporary / name)

@@ -23,6 +23,7 @@ from gptrt.format import (
     open_bundle,
 )
 from gptrt.generator import Generator, open_decoder
+from gptrt.task import Task
 
 from . import via
 from .card import model_card
@@ -57,6 +58,7 @@ class _Draft:
     lineage: dict[str, str]
     texts: Texts
     reference: Reference
+    task: Task | None = None
 
 
 def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silent_step) -> Manifest:
@@ -108,7 +110,7 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     )
     cache = options.cache_layout(checkpoint.config)
     lineage, config = checkpoint.lineage, checkpoint.config
-    return _Draft(config, cache, stored.quantization, lineage, texts, reference)
+    return _Draft(*(config, cache, stored.quantization, lineage, texts, reference), checkpoint.task)
 
 
 def _fill_via(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _Draft:
@@ -215,6 +217,7 @@ def _manifest(name: str, draft: _Draft, options: ConvertOptions, folder: Path) -
         files={p.name: describe_file(p) for p in sorted(folder.iterdir())},
         lineage=draft.lineage | options.notes | {"exported_with": _versions()},
         hidden_states=options.hidden_states,
+        task=draft.task,
     )
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from gptrt.format import Bundle, open_bundle
-    from gptrt.generator import Generator, Stream
+    from gptrt.generator import Generator, Stream, embedded_bundle
     from gptrt.interrupt import Cancellation
     from gptrt.memory import MemoryEstimate
     from gptrt.results import Generation, Timings
@@ -60,7 +60,7 @@ _HOMES = {
         "TrainingError",
     ),
     "gptrt.format": ("Bundle", "open_bundle"),
-    "gptrt.generator": ("Generator", "Stream"),
+    "gptrt.generator": ("Generator", "Stream", "embedded_bundle"),
     "gptrt.constraint": ("Grammar", "JsonSchema", "Regex"),
     "gptrt.interrupt": ("Cancellation",),
     "gptrt.memory": ("MemoryEstimate",),
@@ -101,6 +101,7 @@ __all__ = [
     "Timings",
     "TrainingError",
     "__version__",
+    "embedded_bundle",
     "open_bundle",
     "perplexity",
 ]

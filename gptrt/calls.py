@@ -115,7 +115,7 @@ class Calls:
         limit: int | None = None,
     ) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.shelf = Shelf(decoder, limit=limit)
+        self.shelf = Shelf(decoder, limit=limit, keep=reuse != "none")
         self._draft, self._reuse = draft, reuse
         self._lock = threading.Lock()
         self.listed: set[Interrupt] = set()

@@ -19,6 +19,7 @@ from typing import Literal
 from gptrt.architecture import MAX_COUNT, ForeignModel, ModelConfig
 from gptrt.errors import BundleError
 from gptrt.schema import bounded, decode, read_json
+from gptrt.task import Task
 
 FORMAT_VERSION = 1
 
@@ -148,6 +149,7 @@ class Manifest:
     files: dict[str, FileEntry]
     lineage: dict[str, str]  # where the weights come from: data, steps, versions
     hidden_states: bool = False  # whether the graph gives them
+    task: Task | None = None  # what it was fine-tuned for
 
     def faults(self) -> list[str]:
         found = []

@@ -8,6 +8,7 @@ import operator
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -77,9 +78,9 @@ class Generator:
     folder or its .onnx file: it runs unchecked, with a warning, and less fast. `draft` is a smaller
     bundle of the same vocabulary that guesses ahead where one prompt is continued.
 
-    Options of all methods are those of `GenerationConfig`, as keywords or as `config=`. Every
-    method takes `cancellation`, and `progress`, a function that is told how many ids of the prompt
-    are read, of how many.
+    Options of the methods that write are those of `GenerationConfig`, as keywords or as `config=`.
+    They also take `cancellation`, and `progress`, a function that is told how many ids of the
+    prompt are read, of how many.
 
     Every call has bindings and a cache of its own, so calls may overlap, in one thread or in
     several, and a stream may be left or closed at any time. What a call has read is kept for the
@@ -105,7 +106,7 @@ class Generator:
         memory_limit: int | None = None,
     ) -> None:
         if memory_limit is not None:
-            memory_limit -= sum(map(_without_caches, [path] if draft is None else [path, draft]))
+            memory_limit -= _without_caches(path) + (0 if draft is None else _as_draft(draft))
             _check_limit(memory_limit)
         decoder, tokenizer = _open(path, device=device, threads=threads)
         guesser = None
@@ -236,14 +237,18 @@ class Generator:
         batch_size: int = _BATCH_SIZE,
         **options: Any,
     ) -> list[Generation]:
-        """All prompts continued, `batch_size` at a time, each as it would be alone; the results in
-        the order of the prompts, `num_return_sequences` for each. `config` may be one for each.
+        """All prompts continued, `batch_size` at a time; the results in the order of the prompts,
+        `num_return_sequences` for each. `config` may be one for each.
 
-        With `num_beams` one prompt is continued at a time.
+        Each is as it would be alone, to the bit where the kernels compute rows alike: docs/guide
+        says where. Nothing is guessed ahead, the smallest `timeout` ends all, and with `num_beams`
+        one prompt is continued at a time.
         """
         if type(batch_size) is not int or batch_size < 1:
             raise OptionError("batch_size of 1 or more", found=repr(batch_size), do="correct it")
         configs = _configs(config, options, len(prompts))
+        if not configs:
+            return []
         if any(config.num_beams > 1 for config in configs):
             pairs = zip(prompts, configs, strict=True)
             return [result for pair in pairs for result in self._one(*pair, options)]
@@ -297,6 +302,8 @@ class Generator:
         """
         if pooling not in ("mean", "last"):
             raise OptionError('pooling "mean" or "last"', found=repr(pooling), do="choose one")
+        if not len(texts):
+            raise PromptError("one text or more", found="none", do="give some")
         rows = []
         for text in texts:
             ids = self._checked(self.encode(text))
@@ -307,7 +314,13 @@ class Generator:
 
     def perplexity(self, text: Prompt, *, stride: int | None = None) -> Perplexity:
         """How well the model predicts a text of any length: see `gptrt.scoring.perplexity`."""
-        return perplexity(self.decoder, self.encode(text), stride=stride)
+        ids = self.encode(text)
+        shelf = self.calls.shelf
+        slab = shelf.lend(min(max(1, len(ids)), self.decoder.context))
+        try:
+            return perplexity(self.decoder, ids, stride=stride, cache=slab.rows[0].cache)
+        finally:
+            shelf.drop(slab)
 
     def _checked(self, ids: list[int], *, beside: int = 0) -> list[int]:
         check_prompt(ids, self.decoder.vocab_size)
@@ -324,22 +337,20 @@ class Generator:
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
     ) -> Generation:
         """`complete` in a thread. Cancelling the task ends it."""
-        stop = Cancellation()
-        return await _in_thread(
-            lambda: self.complete(prompt, config=config, cancellation=stop, **options), stop
-        )
+        with _linked(options) as stop:
+            return await _in_thread(lambda: self.complete(prompt, config=config, **options), stop)
 
     async def stream_async(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
     ) -> AsyncIterator[str]:
         """`stream` in a thread. Leaving it, or cancelling the task, ends it."""
-        stop = Cancellation()
-        stream = self.stream(prompt, config=config, cancellation=stop, **options)
-        try:
-            while (piece := await _in_thread(lambda: next(stream, None), stop)) is not None:
-                yield piece
-        finally:
-            stop.cancel()
+        with _linked(options) as stop:
+            stream = self.stream(prompt, config=config, **options)
+            try:
+                while (piece := await _in_thread(lambda: next(stream, None), stop)) is not None:
+                    yield piece
+            finally:
+                stop.cancel()
 
     # --- conversations ----------------------------------------------------------------------------
 
@@ -376,7 +387,7 @@ class Generator:
     ) -> tuple[Stream, Continuation]:
         """A stream whose prompt is read into a slab of the caller's, and what it writes: for
         sessions. Of `options` only those that control the call count."""
-        _refuse_many(config)
+        refuse_many(config)
         calls, call = self._call([prompt], [config], options)
         return _stream(calls, call, slab), call.writers[0].one
 
@@ -432,11 +443,11 @@ def _streamed(
 ) -> Sequence[GenerationConfig]:
     """Raises OptionError for what is only known at the end."""
     found = config_of(config, options)
-    _refuse_many(found)
+    refuse_many(found)
     return [found]
 
 
-def _refuse_many(config: GenerationConfig) -> None:
+def refuse_many(config: GenerationConfig) -> None:
     _refuse_several(config)
     if config.num_beams > 1:
         raise OptionError(
@@ -474,6 +485,20 @@ def _stream(calls: Calls, call: Call, slab: Slab | None = None) -> Stream:
     return Stream(
         (piece for _, piece in calls.pieces(call, slab=slab)), lambda: call.result(writer)
     )
+
+
+@contextmanager
+def _linked(options: dict[str, Any]) -> Iterator[Cancellation]:
+    """A cancellation of one's own in `options`, which that of the caller's ends too."""
+    stop, given = Cancellation(), options.get("cancellation")
+    options["cancellation"] = stop
+    if given is not None:
+        given.link(stop.stop)
+    try:
+        yield stop
+    finally:
+        if given is not None:
+            given.unlink(stop.stop)
 
 
 async def _in_thread(function: Callable[[], T], stop: Cancellation) -> T:
@@ -526,6 +551,12 @@ def _without_caches(path: StrPath | None) -> int:
             return foreign.open_foreign(path).graph.stat().st_size
     needs = Generator.estimate(path)
     return needs.total - needs.cache
+
+
+def _as_draft(path: StrPath) -> int:
+    """What a draft takes beside the bundle that it guesses for, its cache included."""
+    needs = Generator.estimate(path)
+    return needs.total - needs.runtime
 
 
 def _check_limit(left: int) -> None:

@@ -38,7 +38,8 @@ class Generation:
 
     `finish_reason`: "stop" at the end of the text, at `stop_string` or where a constraint is
     fulfilled, "length" at `max_new_tokens` or where the context is full, "time" at `max_time` or
-    `timeout`, "cancelled".
+    `timeout`, "cancelled". `text` ends before the stop string; `ids` end with the id that completed
+    it, whatever else that spells.
 
     With `logprobs` each id has its log probability in nats; with `top_logprobs` also the likeliest
     ids with theirs, the likeliest first. `score` is that of a beam: the sum of log probabilities

@@ -155,29 +155,73 @@ def greedy(logits: Logits) -> int:
     return best
 
 
-def sample(logits: Logits, uniform: float) -> int:
-    """The id at which the cumulative probability first exceeds `uniform`, in [0, 1)."""
-    greedy(logits)  # refuses what has no distribution
-    alive = np.flatnonzero(logits > -np.inf)
-    cumulative = np.cumsum(_softmax(logits[alive]))
-    index = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
-    return int(alive[min(index, len(alive) - 1)])
+def sample(logits: Logits, key: int) -> int:
+    """An id by its probability: the largest logit with Gumbel noise, which `key` and the id alone
+    decide (https://arxiv.org/abs/1611.01144, formula 1).
+
+    So where logits differ in their last bits, or a filter keeps an id more or less, the choice is
+    the same unless two ids are nearly even; a walk along the cumulative distribution would move all
+    borders at once.
+    """
+    top = logits[greedy(logits)]  # refuses what has no distribution
+    near = np.flatnonzero(logits > top - _NEAR)
+    values = logits[near] + _gumbel(bits(key, near))
+    winner = int(values.argmax())
+    # Of the many others few have the noise to make up for being far behind.
+    far = np.flatnonzero((logits <= top - _NEAR) & (logits > top - _REACH))
+    bar = math.exp(-math.exp(float(top - _NEAR) - values[winner]))
+    drawn = bits(key, far)
+    enough = drawn >= np.uint64(bar * 2.0**64 - 2.0**12)
+    if enough.any():
+        far = far[enough]
+        others = logits[far] + _gumbel(drawn[enough])
+        if others.max() > values[winner]:
+            return int(far[others.argmax()])
+    return int(near[winner])
 
 
-def uniform(seed: int, sequence: int, step: int) -> float:
-    """A number in [0, 1) that depends on nothing else: not on batching, order, or streaming.
+_NEAR = np.float32(5)
+_REACH = np.float32(42)  # the noise lies between -3.7 and 37.4: what is further behind cannot win
+
+
+def _gumbel(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Numbers from the standard Gumbel distribution, rising with those that are given."""
+    noise: NDArray[np.float64] = -np.log(-np.log(((bits >> np.uint64(12)) + 0.5) * 2.0**-52))
+    return noise
+
+
+def bits(key: int, ids: Ids) -> NDArray[np.uint64]:
+    """64 for each id: number `id` of the SplitMix64 that begins at `key`."""
+    numbers = ids.astype(np.uint64)
+    numbers *= _GOLDEN  # modulo 2**64
+    numbers += np.uint64(key)
+    return _mix(numbers)
+
+
+def draw_key(seed: int, sequence: int, step: int) -> int:
+    """Of a draw, and of nothing else: not of batching, order, or streaming.
 
     Chained SplitMix64 (Steele, Lea, Flood, https://doi.org/10.1145/2714064.2660195): a generator
     of numpy's costs ten times as much to set up as this costs in all.
     """
-    return (_mix(_mix(_mix(seed) ^ sequence) ^ step) >> 11) * 2.0**-53
+    key = 0
+    for part in (seed, sequence, step):
+        key = int(_mix(np.array([(key ^ part) & _ALL], np.uint64) + _GOLDEN)[0])
+    return key
 
 
-def _mix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
+_ALL = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The bits of x, which is overwritten, spread over all 64."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 class Filters:
@@ -203,7 +247,7 @@ class Filters:
         if new < self._min_new_tokens:
             logits = ban(logits, self._eos)
         for process in self._own:
-            logits = _checked(process(history, logits), logits)
+            logits = _checked(process(history, logits.copy()), logits)  # its own to change
         return logits if self._guide is None else self._guide.filter(logits, room)
 
 
@@ -263,7 +307,7 @@ class Sampler:
         for warp in self._warpers:
             logits = warp(logits)
         if self._draws:
-            return sample(logits, uniform(self._seed, self._sequence, step))
+            return sample(logits, draw_key(self._seed, self._sequence, step))
         return greedy(logits)
 
 

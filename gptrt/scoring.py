@@ -36,13 +36,14 @@ def perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
+    cache: KVCache | None = None,
 ) -> Perplexity:
     """Predict every id but the first, each exactly once.
 
     A window of `window` ids (default: the context) moves by `stride` (default: `window`) and scores
     the `stride` ids after those that are scored already; the rest of it is only read. So without a
     stride only the last window overlaps, reaching back to be full; a smaller stride gives each id
-    more context and takes as many times longer.
+    more context and takes as many times longer. `cache` has room for a window, in one row.
 
     Raises OptionError, DataError for a text of less than two ids, FidelityError for logits that
     are no numbers.
@@ -57,7 +58,7 @@ def perplexity(
             do="correct them or leave them out",
         )
     text = _checked(ids, decoder.vocab_size)
-    cache = decoder.new_cache(min(window, len(text) - 1))
+    cache = decoder.new_cache(min(window, len(text) - 1)) if cache is None else cache
     total = 0.0
     for first in range(1, len(text), stride):  # the first id that this window predicts
         end = min(first + stride, len(text))

@@ -26,7 +26,7 @@ from gptrt.calls import check_prompt
 from gptrt.config import GenerationConfig
 from gptrt.decoding import Progress, Slab
 from gptrt.errors import PromptError, SessionError, TargetError, first_line
-from gptrt.generator import Generator, Prompt, Stream, config_of
+from gptrt.generator import Generator, Prompt, Stream, config_of, refuse_many
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
 from gptrt.results import Generation
 from gptrt.schema import bounded, decode
@@ -134,8 +134,9 @@ class Session:
 
     def stream(self, *, config: GenerationConfig | None = None, **options: Any) -> Stream:
         """The same in pieces. What was generated when the stream is left is part of the text; the
-        session is taken from its first piece on."""
+        session is taken from its first piece on. A `config` brings its own `context_overflow`."""
         asked = config_of(config, self._policy | options if config is None else options)
+        refuse_many(asked)
         results: list[Callable[[], Generation]] = []
 
         def pieces() -> Iterator[str]:
@@ -205,7 +206,13 @@ class Session:
             _write_whole(Path(path), [_MAGIC, len(head).to_bytes(8, "little"), head, values])
 
     @classmethod
-    def load(cls, generator: Generator, path: str | os.PathLike[str]) -> Session:
+    def load(
+        cls,
+        generator: Generator,
+        path: str | os.PathLike[str],
+        *,
+        context_overflow: Literal["stop", "slide"] = "stop",
+    ) -> Session:
         """The session that was saved. Raises SessionError for a file that is damaged, of another
         version, or of another model."""
         header, values = _read(Path(path))
@@ -216,7 +223,7 @@ class Session:
                 found=f"one of {header.model[:16]}…",
                 do="open it with the bundle that it was saved with",
             )
-        self = cls(generator)
+        self = cls(generator, context_overflow=context_overflow)
         self._ids = list(header.ids)
         vocab_size, context = generator.decoder.vocab_size, generator.decoder.context
         if any(not 0 <= token < vocab_size for token in header.ids) or header.read > context:

@@ -18,10 +18,11 @@ class Shelf:
     """The caches of one decoder. Threads may share it.
 
     `limit` bounds the bytes of all that is lent and kept together; what is kept makes room first.
+    Without `keep` nothing is kept.
     """
 
-    def __init__(self, decoder: Runner, *, limit: int | None = None) -> None:
-        self._decoder, self._limit = decoder, limit
+    def __init__(self, decoder: Runner, *, limit: int | None = None, keep: bool = True) -> None:
+        self._decoder, self._limit, self._keep = decoder, limit, keep
         self._kept: list[Slab] = []  # of one row each, the longest unused first
         self._lent: weakref.WeakSet[Slab] = weakref.WeakSet()  # also what was never given back
         self._lock = threading.Lock()
@@ -67,7 +68,7 @@ class Shelf:
         """The call is over. One row is kept for the next call, a batch is not."""
         with self._lock:
             self._lent.discard(slab)
-            if len(slab.rows) == 1:
+            if self._keep and len(slab.rows) == 1:
                 self._kept.append(slab)
                 del self._kept[:-_KEPT]
 

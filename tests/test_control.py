@@ -17,7 +17,7 @@ from gptrt.generator import Generator
 from gptrt.interrupt import Cancellation
 from gptrt.sampling import Logits
 from gptrt.session import Session
-from gptrt.testing import FakeDecoder, byte_tokenizer
+from gptrt.testing import FakeDecoder, FakeGenerator, byte_tokenizer
 from tests.fakes import favouring, noise
 
 HUNG = 20.0  # seconds: nothing here takes one
@@ -182,6 +182,19 @@ def test_a_cancelled_task_ends_its_call() -> None:
 
     asyncio.run(asyncio.wait_for(main(), HUNG))
     assert not generator.calls.listed
+
+
+def test_a_cancellation_of_the_callers_ends_what_a_task_waits_for() -> None:
+    async def main() -> list[str]:
+        stop = Cancellation()
+        pieces = []
+        async for piece in FakeGenerator(lambda _: "y" * 500).stream_async("x", cancellation=stop):
+            pieces.append(piece)
+            stop.cancel()
+        done = await FakeGenerator({"x": "yz"}).complete_async("x", cancellation=stop)
+        return [*pieces, done.finish_reason]
+
+    assert asyncio.run(asyncio.wait_for(main(), HUNG)) == ["y", "cancelled"]
 
 
 def test_leaving_an_asynchronous_stream_ends_its_call() -> None:

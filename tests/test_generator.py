@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,3 +249,23 @@ def test_perplexity_refuses_windows_that_do_not_fit(window: int, stride: int | N
 def test_perplexity_refuses_what_has_nothing_to_predict(ids: list[int]) -> None:
     with pytest.raises(GptrtError, match="two tokens"):
         perplexity(FakeDecoder(noise), ids)
+
+
+def test_no_prompts_give_no_results_and_no_texts_no_embeddings(bundle: Path) -> None:
+    with Generator(bundle, device="cpu") as generator:
+        assert generator.complete_batch([]) == generator.generate_batch([]) == []
+        with pytest.raises(PromptError, match="one text"):
+            generator.embed([])
+
+
+def test_a_processor_may_change_the_logits_that_it_is_given(bundle: Path) -> None:
+    def ban_the_best(_: Any, logits: Any) -> Any:
+        logits[logits.argmax()] = -np.inf
+        return logits
+
+    with Generator(bundle, device="cpu") as generator:
+        options = {"max_new_tokens": 1, "top_logprobs": 2}
+        plain = generator.complete("a", **options)
+        second = generator.complete("a", logits_processor=ban_the_best, **options)
+    assert second.top_logprobs == plain.top_logprobs  # those of the model
+    assert plain.top_logprobs is not None and second.ids == (plain.top_logprobs[0][1][0],)

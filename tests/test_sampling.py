@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_logits_without_a_finite_maximum_are_refused(logits: NDArray[np.float32]
     with pytest.raises(FidelityError):
         sampling.greedy(logits)
     with pytest.raises(FidelityError):
-        sampling.sample(logits, 0.5)
+        sampling.sample(logits, 7)
 
 
 def test_temperature_divides() -> None:
@@ -104,27 +105,37 @@ def test_no_function_changes_its_input() -> None:
     assert (logits == before).all()
 
 
-def test_sample_inverts_the_cumulative_distribution() -> None:
-    logits = log(0.25, 0.5, 0.25)
-    drawn = [sampling.sample(logits, u) for u in (0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-53)]
-    assert drawn == [0, 0, 1, 1, 2, 2]
+def test_a_draw_changes_as_seldom_as_the_distribution_does() -> None:
+    """The last bit of a logit, or an id that a filter takes away, moves no other border."""
+    random = np.random.default_rng(0)
+    logits = random.standard_normal(5_000).astype(np.float32)
+    other = logits + 1e-4 * random.standard_normal(5_000).astype(np.float32)
+    other[random.integers(5_000, size=5)] = GONE
+    keys = [sampling.draw_key(3, 0, step) for step in range(1_000)]
+    same = sum(sampling.sample(logits, key) == sampling.sample(other, key) for key in keys)
+    assert same > 980
 
 
 def test_sample_never_draws_what_was_removed() -> None:
     logits = array(GONE, 0, GONE, 0, GONE)
-    assert {sampling.sample(logits, u) for u in (0, 0.4, 0.6, 1 - 2**-53)} == {1, 3}
+    assert {sampling.sample(logits, key) for key in range(50)} == {1, 3}
 
 
-def test_uniform_depends_on_seed_sequence_and_step_alone() -> None:
+def test_a_draw_depends_on_seed_sequence_and_step_alone() -> None:
     keys = [(seed, row, step) for seed in (0, 1, 2**64 - 1) for row in (0, 1) for step in (0, 1)]
-    numbers = [sampling.uniform(*key) for key in keys]
-    assert numbers == [sampling.uniform(*key) for key in keys]
+    numbers = [sampling.draw_key(*key) for key in keys]
+    assert numbers == [sampling.draw_key(*key) for key in keys]
     assert len(set(numbers)) == len(numbers)
 
 
-def test_uniform_is_uniform() -> None:
-    numbers = [sampling.uniform(7, 0, step) for step in range(20_000)]
-    counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
+@pytest.mark.parametrize("over", ["steps", "ids"])
+def test_numbers_are_uniform(over: str) -> None:
+    if over == "ids":
+        numbers = sampling.bits(sampling.draw_key(7, 0, 0), np.arange(20_000))
+    else:
+        keys = (sampling.draw_key(7, 0, step) for step in range(20_000))
+        numbers = np.concatenate([sampling.bits(key, np.array([5])) for key in keys])
+    counts, _ = np.histogram(numbers / 2**64, bins=20, range=(0, 1))
     assert ((counts - 1000) ** 2 / 1000).sum() < 50  # chi squared, 19 degrees, p about 1e-4
 
 
@@ -132,6 +143,17 @@ def test_samples_follow_the_probabilities() -> None:
     sampler = Sampler(GenerationConfig(do_sample=True, seed=3), [0], room=10_000)
     counts = np.bincount([sampler.next(log(0.6, 0.3, 0.1)) for _ in range(10_000)])
     assert np.abs(counts / 10_000 - [0.6, 0.3, 0.1]).max() < 0.02
+
+
+def test_samples_follow_the_probabilities_of_many_unlikely_ids_too() -> None:
+    """Two ids of a quarter each, and 5,000 that share the other half, each far behind."""
+    logits = np.full(5_002, math.log(0.5 / 5_000), np.float32)
+    logits[:2] = math.log(0.25)
+    sampler = Sampler(GenerationConfig(do_sample=True, seed=3), [0], room=10_000)
+    drawn = np.array([sampler.next(logits) for _ in range(10_000)])
+    shares = [(drawn == 0).mean(), (drawn == 1).mean(), (drawn > 1).mean()]
+    assert np.abs(np.array(shares) - [0.25, 0.25, 0.5]).max() < 0.02
+    assert len(np.unique(drawn)) > 3_000  # of 5,000 that are drawn 5,000 times, 1 - 1/e
 
 
 def test_no_end_before_min_new_tokens() -> None:

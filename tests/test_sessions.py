@@ -139,6 +139,16 @@ def test_an_empty_session_can_be_saved(generator: Generator, tmp_path: Path) -> 
     assert Session.load(generator, tmp_path / "empty").ids == ()
 
 
+def test_a_session_slides_on_after_loading(generator: Generator, tmp_path: Path) -> None:
+    session = Session(generator, context_overflow="slide")
+    session.append([1] * generator.decoder.context)
+    session.save(tmp_path / "file")
+    with pytest.raises(PromptError):
+        Session.load(generator, tmp_path / "file").generate(max_new_tokens=1)
+    again = Session.load(generator, tmp_path / "file", context_overflow="slide")
+    assert again.complete(max_new_tokens=1).ids == session.complete(max_new_tokens=1).ids
+
+
 def test_a_session_of_another_model_is_refused(run: Run, saved: Path, tmp_path: Path) -> None:
     convert(run.path, tmp_path / "other", ConvertOptions("none"))
     with pytest.raises(SessionError, match="open it with the bundle that it was saved with"):

@@ -10,9 +10,9 @@ Three promises, each checked by a module:
     storm.py    of thousands of cancellations, from other threads, none is lost
     fuzz.py     thousands of damaged files are refused with an error of gptrt's, or change nothing
 
-The fuzz is read from the inside out: damage.py changes any bytes and any JSON, kinds.py knows which
-files of a bundle there are and what is worth breaking in each, harness.py reads one damaged file and
-judges what came of it, and fuzz.py does so in child processes: a crash is a figure, not the end.
+The fuzz is read from the inside out: damage.py changes any bytes and any JSON, kinds.py knows the
+files of a bundle and what is worth breaking in each, harness.py reads one damaged file and judges
+what came of it, and fuzz.py has this done in child processes: a crash is a figure, not the end.
 
 report.py makes one table of it all, __main__.py is the command. It is for Linux.
 """

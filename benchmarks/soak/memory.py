@@ -1,8 +1,8 @@
 """Promise: thousands of calls, and thousands of openings and closings, leave memory as it was.
 
-The resident memory of this process is sampled while something is repeated, and a line is fitted to
-the second half of the samples, the first being warm-up. A leak is growth by that line that is large,
-beyond the noise, and also seen in the least of the samples.
+The resident memory of this process is sampled while something is repeated. The first half of the
+samples is warm-up; to the second a line is fitted. A leak is growth by that line that is large,
+beyond the noise, and true of the least of the samples too.
 """
 
 from __future__ import annotations

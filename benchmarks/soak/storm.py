@@ -1,8 +1,8 @@
 """Promise: of thousands of cancellations, from other threads and at random moments, none is lost.
 
-A few calls run at a time, most of which would go on for minutes. Each is ended from outside, by its
+A few calls run at a time, most of which would go on for minutes. Each is ended from outside: by its
 own `Cancellation`, by the generator's `cancel()`, which ends those beside it too, or by its
-`timeout`. It must return within milliseconds and say so; in the end nothing may be left of any.
+`timeout`. It must return within milliseconds and say so, and in the end nothing of it may be left.
 """
 
 from __future__ import annotations
@@ -27,26 +27,23 @@ from gptrt.session import Session
 _PATIENCE = 10.0  # seconds that a call may go on after it was cancelled: it takes milliseconds
 _ENDLESS = 1 << 17  # new ids: minutes
 _WORKERS = 4
+_WAYS = ("cancellation", "generator", "timeout")
 
 
 @dataclass(frozen=True)
 class Storm:
     """Calls that other threads, or a time, ended at random moments.
 
-    `ended` were, the others had `finished` before. `lost` went on, or said that they had not been
-    ended; `hung` did not even end when all was cancelled again; `raised` ended with an exception.
-    `median_ms` and `worst_ms` are from a cancellation to the return of its call. `left` counts
-    threads, caches and calls that were still there when all was over, `usable` says whether the
-    generator gives the ids of before.
+    `ends` counts calls: "ended" from outside, "finished" before that; and what must not be: "lost"
+    ones went on, or said that they had not been ended, "hung" ones did not even end when all was
+    cancelled again, "raised" ones ended with an exception. `median_ms` and `worst_ms` are from a
+    cancellation to the return of its call. `left` counts threads, caches and calls that were still
+    there when all was over, `usable` says whether the generator gives the ids of before.
     """
 
     calls: int
     seconds: float
-    ended: int
-    finished: int
-    lost: int
-    hung: int
-    raised: int
+    ends: dict[str, int]
     median_ms: float
     worst_ms: float
     left: int
@@ -54,7 +51,15 @@ class Storm:
 
     @property
     def failed(self) -> bool:
-        return bool(self.lost or self.hung or self.raised or self.left or not self.usable)
+        return bool(self.ends.keys() - {"ended", "finished"} or self.left or not self.usable)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What became of a call; `latency` is in seconds, from its cancellation to its return."""
+
+    end: Literal["ended", "finished", "lost", "hung", "raised"]
+    latency: float | None = None
 
 
 def cancel_often(
@@ -64,28 +69,27 @@ def cancel_often(
     endless = type(generator).from_parts(generator.decoder, generator.tokenizer.endless())
     began, threads = time.perf_counter(), threading.active_count()
     before = endless.complete([1, 2, 3], max_new_tokens=8).ids
+    found: list[_Ended] = []
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(partial(_cancel_one, endless, patience), range(calls)))
+        for one in pool.map(partial(_end_one, endless, patience), range(calls)):
+            found.append(one)
+            if one.end == "hung":
+                break  # and the rest is dropped: each would hold up a worker for its patience
     latencies = [one.latency for one in found if one.latency is not None]
-    ends = Counter(one.end for one in found)
     return Storm(
         calls=calls,
         seconds=time.perf_counter() - began,
-        ended=ends["ended"],
-        finished=ends["finished"],
-        lost=sum(one.lost for one in found),
-        hung=ends["hung"],
-        raised=ends["raised"],
+        ends=dict(Counter(one.end for one in found)),
         median_ms=1e3 * median(latencies or [0.0]),
         worst_ms=1e3 * max(latencies, default=0.0),
-        left=_left(endless, threads),
+        left=_left(endless, threads, patience),
         usable=endless.complete([1, 2, 3], max_new_tokens=8).ids == before,
     )
 
 
-def _left(generator: Generator, threads: int) -> int:
+def _left(generator: Generator, threads: int, patience: float) -> int:
     """What is still there of calls that are over."""
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + patience
     while threading.active_count() > threads and time.monotonic() < deadline:
         time.sleep(0.01)  # a timer that was cancelled needs a moment to end
     gc.collect()
@@ -101,7 +105,7 @@ def _left(generator: Generator, threads: int) -> int:
 class _Plan:
     """How a call is to be ended, `delay` seconds after it began."""
 
-    way: Literal["cancellation", "generator", "timeout"]
+    way: str  # one of _WAYS
     delay: float
     endless: bool  # or so short that it may soon end by itself
     cancellation: Cancellation = field(default_factory=Cancellation)
@@ -121,57 +125,50 @@ class _Plan:
         return found
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """What became of a call; `latency` is in seconds, from its cancellation to its return."""
-
-    end: Literal["ended", "finished", "raised", "hung"]
-    lost: bool
-    latency: float | None = None
-
-
-def _cancel_one(generator: Generator, patience: float, number: int) -> _Ended:
+def _end_one(generator: Generator, patience: float, number: int) -> _Ended:
     """A call in a thread of its own, ended by this one."""
-    rng = Random(number)
-    way = rng.choice(("cancellation", "generator", "timeout"))
-    delay, run = 1e-4 + 0.03 * rng.random() ** 2, rng.choice(LONG_CALLS)
-    plan = _Plan(way, delay, endless=rng.random() < 0.75)
-    decoder = generator.decoder
-    length = decoder.context * 3 // 4 if plan.endless else 4  # what takes time to read
+    rng, decoder = Random(number), generator.decoder
+    run = rng.choice(LONG_CALLS)
+    plan = _Plan(rng.choice(_WAYS), 1e-4 + 0.03 * rng.random() ** 2, rng.random() < 0.75)
+    length = decoder.context * 3 // 4 if plan.endless else 4  # long ones take time to read
     prompt = rng.choices(range(decoder.vocab_size), k=length)
 
     call = _started(partial(run, generator, prompt, plan))
-    if way != "cancellation":  # the two others end nothing that begins later
+    if plan.way != "cancellation":  # the two others end nothing that begins later
         call.add_done_callback(lambda _: plan.begun.set())
         plan.begun.wait(patience)
     cancelled = None
-    if not _over(call, delay):
+    if not _over(call, plan.delay):
         cancelled = time.monotonic()
-        if way == "generator":
+        if plan.way == "generator":
             generator.cancel()
-        elif way == "cancellation":
+        elif plan.way == "cancellation":
             plan.cancellation.cancel()
-    lost = not _over(call, patience)
-    if lost:
+    if not _over(call, patience):
         plan.cancellation.cancel()
         generator.cancel()
-        if not _over(call, patience):
-            return _Ended("hung", lost)
+        return _Ended("lost" if _over(call, patience) else "hung")
+    return _judged(call, plan, cancelled)
+
+
+def _judged(call: Future[_Returned], plan: _Plan, cancelled: float | None) -> _Ended:
+    """A call that is over, and was in time."""
     if call.exception():
-        return _Ended("raised", lost)
+        return _Ended("raised")
     reasons, returned = call.result()
     stopped = [reason in ("cancelled", "time") for reason in reasons]
-    return _Ended(
-        "ended" if any(stopped) else "finished",
-        lost or (plan.endless and not all(stopped)),
-        None if cancelled is None else max(0.0, returned - cancelled),
-    )
+    if plan.endless and not all(stopped):
+        return _Ended("lost")
+    latency = None if cancelled is None else max(0.0, returned - cancelled)
+    return _Ended("ended" if any(stopped) else "finished", latency)
 
 
-def _started(run: Callable[[], list[str]]) -> Future[tuple[list[str], float]]:
-    """Its result and the time when it returned, from a daemon: one that hangs must not hold up the
-    end of the process, as a thread of a pool would."""
-    future: Future[tuple[list[str], float]] = Future()
+_Returned = tuple[list[str], float]  # what a call gave, and when, by time.monotonic()
+
+
+def _started(run: Callable[[], list[str]]) -> Future[_Returned]:
+    """By a daemon: a call that hangs must not hold up the end of the process."""
+    future: Future[_Returned] = Future()
 
     def work() -> None:
         try:
@@ -215,5 +212,4 @@ def _session(generator: Generator, prompt: list[int], plan: _Plan) -> list[str]:
         return [result.finish_reason]
 
 
-LONG_CALLS: tuple[Callable[[Generator, list[int], _Plan], list[str]], ...]
 LONG_CALLS = (_complete, _stream, _batch, _session)

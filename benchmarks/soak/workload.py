@@ -6,7 +6,6 @@ memory.py repeats it: a leak in any of them, or between two of them, shows in th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,8 +88,10 @@ class Workload:
         self.generator.generate_batch(prompts, batch_size=3, **self._options())
 
     def _sequences(self) -> None:
-        options = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 4}
-        self.generator.complete_batch([self._prompt()], **options)
+        prompts = [self._prompt()]
+        self.generator.complete_batch(
+            prompts, num_return_sequences=3, do_sample=True, max_new_tokens=4
+        )
 
     def _beams(self) -> None:
         self.generator.complete(self._prompt(), num_beams=3, max_new_tokens=5)
@@ -105,8 +106,7 @@ class Workload:
 
     def _cancelled(self) -> None:
         stop = Cancellation()
-        options = {"max_new_tokens": 9, "cancellation": stop}
-        with self.generator.stream(self._prompt(), **options) as stream:
+        with self.generator.stream(self._prompt(), max_new_tokens=9, cancellation=stop) as stream:
             next(stream, None)
             stop.cancel()
             list(stream)
