@@ -287,6 +287,7 @@ def save_checkpoint(
         if checkpoint.task is not None:
             write_json(temporary / TASK_FILE, asdict(checkpoint.task))
         for name, content in (extra or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             write = save_tensors if name.endswith(".safetensors") else _write_json_to
             write(content, temporary / name)
 

@@ -155,6 +155,26 @@ def open_ids(path: Path) -> NDArray[np.uint32]:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Rows to train on: ids int64 [rows, length] and what is to follow each.
+
+    `shares` [rows, length] weigh the losses, which count alike if they are None. Where several
+    texts stand in a row, `segments` number them and `positions` count from the beginning of each.
+    """
+
+    inputs: Ids
+    targets: Ids
+    shares: NDArray[np.float32] | None = None
+    segments: Ids | None = None
+    positions: Ids | None = None
+
+    @classmethod
+    def whole(cls, ids: Ids) -> Batch:
+        """Of windows [rows, length + 1], all of which counts."""
+        return cls(ids[:, :-1], ids[:, 1:])
+
+
+@dataclass(frozen=True)
 class Windows:
     """Windows of `length` + 1 ids, drawn without repetition inside an epoch.
 

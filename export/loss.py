@@ -46,21 +46,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor | None,
         dtype: torch.dtype,
         lesson: Lesson | None,
+        shares: Tensor | None,
     ) -> Tensor:
         told = float(targets is not None)  # the weight of what the text says
         if targets is None:
             targets = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        count = (targets != IGNORED).sum().clamp(min=1)
+        if shares is None:
+            counts = targets != IGNORED
+            shares = counts / counts.sum().clamp(min=1)
         rows = max(1, _CHUNK_VALUES // weight.shape[0])
         low = weight.to(dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         total = torch.zeros((), device=x.device)
         teacher = x if lesson is None else lesson.x
-        chunks = (torch.split(tensor, rows) for tensor in (x, targets, grad_x, teacher))
-        for part, answer, out, shown in zip(*chunks, strict=True):
+        chunks = (torch.split(tensor, rows) for tensor in (x, targets, shares, grad_x, teacher))
+        for part, answer, share, out, shown in zip(*chunks, strict=True):
             part = part.to(dtype)
             log_probs = F.log_softmax((part @ low.T).float(), dim=-1)  # [rows, vocab]
-            counts = answer != IGNORED
             index = answer.clamp(min=0).unsqueeze(1)
             losses = -told * log_probs.gather(1, index).squeeze(1)
             probs = None
@@ -68,21 +70,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 wanted = F.log_softmax((shown.to(dtype) @ lesson.head.to(dtype).T).float(), dim=-1)
                 probs = wanted.exp()
                 losses += lesson.share * (probs * (wanted - log_probs)).sum(-1)
-            total += (losses * counts).sum()
+            total += (losses * share).sum()
             grad = log_probs.exp_()
             if lesson is not None and probs is not None:
                 grad.mul_(told + lesson.share).sub_(probs, alpha=lesson.share)
             grad.scatter_add_(1, index, torch.full_like(grad[:, :1], -told))
-            grad = grad.mul_((counts / count).unsqueeze(1)).to(dtype)
+            grad = grad.mul_(share.unsqueeze(1)).to(dtype)
             torch.mm(grad, low, out=out) if out.dtype == dtype else out.copy_(grad @ low)
-            grad_weight += grad.T @ part
+            if ctx.needs_input_grad[1]:
+                grad_weight += grad.T @ part
         ctx.save_for_backward(grad_x, grad_weight)
-        return total / count
+        return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grads[0], grad_weight * grads[0], None, None, None
+        return grad_x * grads[0], grad_weight * grads[0], None, None, None, None
 
 
 def linear_cross_entropy(
@@ -91,14 +94,16 @@ def linear_cross_entropy(
     targets: Tensor | None,
     dtype: torch.dtype,
     lesson: Lesson | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood in nats of targets [tokens] under softmax(x @ weight.T), plus
     what the lesson adds; without targets, that alone.
 
     x is [tokens, n_embd], weight [vocab, n_embd]; the products run in `dtype`, the softmax in
-    fp32. Targets of `IGNORED` do not count.
+    fp32. Targets of `IGNORED` do not count. With `shares` [tokens] it is the sum weighted by them
+    instead of the mean.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, dtype, lesson)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, dtype, lesson, shares)  # type: ignore[no-untyped-call]
     return loss
 
 

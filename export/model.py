@@ -190,23 +190,38 @@ def keep_last(x: Tensor, keep: Tensor) -> Tensor:
 class CausalAttention:
     """Attention over the sequence itself: PyTorch's kernel, rotary positions where wanted."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, segments: Tensor | None = None) -> None:
+        """`segments` [batch, seq] number the texts that stand in a row: none sees another."""
         self.config = config
+        self._segments = segments
         self._rotary: tuple[Tensor, Tensor] | None = None  # the same for every layer
+        self._masks: dict[int, Tensor] = {}  # by window
 
     def __call__(self, layer: int, packed: Tensor) -> Tensor:
         query, key, value = self.heads(packed, layer)
-        window = self.config.window_of(layer)
+        mask = self._mask(query, self.config.window_of(layer))
         y = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=window_mask(query, window) if window else None,
-            is_causal=not window,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=attention_scale(self.config),
             enable_gqa=self.config.n_head != self.config.n_kv_head,
         )
         return y.transpose(1, 2).flatten(2)  # [batch, seq, n_head * head_dim]
+
+    def _mask(self, query: Tensor, window: int) -> Tensor | None:
+        """Which positions see which, [seq, seq] or [batch, 1, seq, seq]; None: all before them."""
+        if not window and self._segments is None:
+            return None
+        if window not in self._masks:
+            mask = window_mask(query, window or query.shape[2])
+            if self._segments is not None:
+                same = self._segments[:, :, None] == self._segments[:, None, :]
+                mask = (mask & same)[:, None]
+            self._masks[window] = mask
+        return self._masks[window]
 
     def heads(self, packed: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, rotated where wanted, each [batch, heads, seq, head_dim]."""

@@ -7,6 +7,7 @@ RUN/checkpoints.json   which of them is the best and which the last
 RUN/log.jsonl          one line a step, one line an evaluation
 RUN/loss.png           the curves
 RUN/teacher/           with distillation, the checkpoint to learn from
+RUN/base/              with an adapter, the checkpoint that it adapts
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tokenizers import Tokenizer
 from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, TargetError
 from gptrt.schema import bounded, decode, read_json
+from gptrt.task import Task
 
 from . import data
 from .checkpoint import (
@@ -40,6 +42,16 @@ from .checkpoint import (
     write_json,
     written_whole,
 )
+from .examples import ExamplePlan
+from .lora import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    LoraConfig,
+    adapt,
+    peft_config,
+    to_peft,
+)
 from .model import GPT
 from .optimizer import OptimizerConfig
 from .progress import Progress, silent
@@ -48,7 +60,7 @@ from .tokenization import TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
-TEACHER_FOLDER = "teacher"
+TEACHER_FOLDER, BASE_FOLDER = "teacher", "base"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 _HELD_OUT = 0.1
 _START_TOKENS = 1 << 15  # of training text, to round by before training for rounding begins
@@ -78,6 +90,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = bounded(0, 1 << 62, default=0)
     distill: float = bounded(0.0, 1e3, default=0.0)  # weight of KL(start || model) in the loss
+    prompt_share: float = bounded(0.0, 1e3, default=0.0)  # of a task: weight of its prompts' loss
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -90,6 +103,9 @@ class RunConfig:
     device: Literal["cpu", "cuda"]
     lineage: dict[str, str]
     fine_tuning: bool = False  # then what it starts from is a candidate for the best
+    task: Task | None = None  # then the data are examples
+    class_weights: tuple[float, ...] = ()  # of the task's labels; all alike if empty
+    lora: LoraConfig | None = None  # then an adapter learns, and `base/` stays as it is
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,7 @@ class State:
     step: int = bounded(0, 1 << 40, default=0)
     elapsed_s: float = bounded(0.0, 1e12, default=0.0)
     best_loss: float | None = None  # validation, nats a token
+    best_metric: float | None = None  # of a task; the higher the better
     stale: int = bounded(0, 1 << 40, default=0)  # evaluations since best_loss fell
 
 
@@ -119,11 +136,21 @@ class Run:
     def log(self) -> Path:
         return self.path / LOG_FILE
 
+    @property
+    def last_folder(self) -> Path:
+        return self.path / run_pointer(self.path)["last"]
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The tensors of the last adapter, in PEFT's format."""
+        from safetensors.torch import load_file
+
+        return load_file(self.last_folder / ADAPTER_FOLDER / ADAPTER_FILE)
+
     def last(self) -> tuple[Checkpoint, dict[str, torch.Tensor], State]:
         """Weights, optimizer moments and state of the last checkpoint."""
         from safetensors.torch import load_file
 
-        folder = self.path / run_pointer(self.path)["last"]
+        folder = self.last_folder
         value = read_json(folder / STATE_FILE, error=CheckpointError)
         state = decode(State, value, error=CheckpointError, source=str(folder / STATE_FILE))
         moments = folder / OPTIMIZER_FILE
@@ -137,21 +164,27 @@ class Run:
         *,
         best: bool,
         valid_loss: float | None = None,
+        adapter: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Add a checkpoint, its lineage that of the run, point at it, and only then remove those
-        that nothing points at."""
+        that nothing points at. Of an `adapter` (PEFT's names) the checkpoint is merged already."""
         name = f"step-{state.step:08d}"
         lineage = self.config.lineage | {
             "steps": str(state.step),
             "training_seconds": f"{state.elapsed_s:.0f}",
-            "tokens_seen": str(state.step * tokens_per_step(self.config.train)),
         }
+        if self.config.task is None:
+            lineage["tokens_seen"] = str(state.step * tokens_per_step(self.config.train))
         if valid_loss is not None:
             lineage["validation_perplexity"] = f"{math.exp(valid_loss):.2f}"
         checkpoint = replace(checkpoint, lineage=lineage)
         extra: dict[str, Any] = {STATE_FILE: asdict(state)}
         if moments:
             extra[OPTIMIZER_FILE] = moments
+        if adapter is not None and (lora := self.config.lora) is not None:
+            about = peft_config(self.config.model, lora, str(Path("..") / ".." / BASE_FOLDER))
+            extra[f"{ADAPTER_FOLDER}/{ADAPTER_FILE}"] = adapter
+            extra[f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}"] = about
         save_checkpoint(checkpoint, self.path / name, extra)
         pointer = run_pointer(self.path) or {"best": name}
         pointer |= {"last": name} | ({"best": name} if best else {})
@@ -203,6 +236,8 @@ class RunPlan:
     held_out: list[Path]
     device: Literal["cpu", "cuda"]
     recipe: Recipe | None = None  # to train for the rounding of such a bundle
+    examples: ExamplePlan | None = None  # of a task, instead of texts
+    lora: LoraConfig | None = None
 
 
 def create_run(path: Path, plan: RunPlan, progress: Progress = silent) -> Run:
@@ -228,7 +263,11 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
     special = base.special if base else special_ids(tokenizer)
     (folder / DATA_FOLDER).mkdir()
-    counts = _write_data(folder / DATA_FOLDER, tokenizer, special.end, plan, progress)
+    if plan.examples is not None:
+        length = plan.train.seq_len
+        counts = plan.examples.write(folder / DATA_FOLDER, tokenizer, special, length)
+    else:
+        counts = _write_data(folder / DATA_FOLDER, tokenizer, special.end, plan, progress)
     if isinstance(plan.start, Checkpoint):
         model, weights = plan.start.config, plan.start.state
     else:
@@ -236,7 +275,11 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         torch.manual_seed(plan.train.seed)
         weights = GPT(model).state_dict()
     lineage = _lineage(base, plan, counts)
-    run = Run(folder, RunConfig(model, plan.train, plan.device, lineage, base is not None))
+    task = plan.examples.task if plan.examples else base.task if base else None
+    config = RunConfig(model, plan.train, plan.device, lineage, base is not None, lora=plan.lora)
+    if plan.examples is not None:
+        config = replace(config, task=task, class_weights=plan.examples.class_weights)
+    run = Run(folder, config)
     write_json(folder / RUN_FILE, asdict(run.config))
     if plan.train.distill and base is not None:
         save_checkpoint(base.alone(), folder / TEACHER_FOLDER)
@@ -245,8 +288,13 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         rounding = _start_rounding(run, weights, plan.recipe, progress)
         weights = rounding.in_state(weights)
     template = base.chat_template if base else None
-    first = Checkpoint(model, weights, tokenizer, {}, rounding, special, template)
-    run.save(first, {}, State(), best=True)
+    first = Checkpoint(model, weights, tokenizer, {}, rounding, special, template, task)
+    adapter = None
+    if plan.lora is not None:
+        save_checkpoint(first.alone(), folder / BASE_FOLDER)
+        torch.manual_seed(plan.train.seed)
+        adapter = to_peft(model, adapt(first.model(), plan.lora))
+    run.save(first, {}, State(), best=True, adapter=adapter)
 
 
 def _start_rounding(
@@ -282,7 +330,8 @@ def _write_data(
 
 
 def _lineage(base: Checkpoint | None, plan: RunPlan, counts: tuple[int, int]) -> dict[str, str]:
-    names = [path.name for path in plan.texts]
+    texts = plan.examples.sources if plan.examples else plan.texts
+    names = [path.name for path in texts]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     before = {f"base_{key}": value for key, value in base.lineage.items()} if base else {}
     return before | {

@@ -9,62 +9,84 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gptrt.errors import TrainingError
 
-from .checkpoint import load_checkpoint
-from .data import Windows, in_order, open_ids
-from .loss import Lesson, autocast, linear_cross_entropy, product_dtype
-from .model import GPT
+from .checkpoint import Checkpoint, load_checkpoint
+from .data import Batch, Windows, in_order, open_ids
+from .examples import Examples
+from .lora import adapt, from_peft, merged_state, to_peft
+from .loss import IGNORED, Lesson, autocast, linear_cross_entropy, product_dtype
+from .model import GPT, Attend, CausalAttention
 from .optimizer import Optimizer, rate_scale
 from .parts import parameter_of
 from .plots import LOSS, OBJECTIVE, plot_losses
 from .progress import ProgressBar
-from .runs import PLOT_FILE, TEACHER_FOLDER, Run, State, TrainConfig, tokens_per_step, truncate_log
+from .runs import (
+    BASE_FOLDER,
+    PLOT_FILE,
+    TEACHER_FOLDER,
+    Run,
+    State,
+    TrainConfig,
+    tokens_per_step,
+    truncate_log,
+)
 from .trained_rounding import TrainedRounding, hidden_and_head
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. Losses are validation losses in nats a token."""
+    """How a run ended. Losses are validation losses in nats a token, `best_metric` is that of the
+    task, if the run has one."""
 
     steps: int
     seconds: float
     best_loss: float
     reason: str  # "max_steps", "max_time", "patience" or "interrupted"
+    best_metric: float | None = None
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.best_loss)
 
 
+Metric = Callable[[GPT], float]  # how good a model is at its task; the higher the better
+
+
 def train(
-    run: Run, bar: ProgressBar, interrupted: Callable[[], bool] = lambda: False
+    run: Run,
+    bar: ProgressBar,
+    interrupted: Callable[[], bool] = lambda: False,
+    metric: Metric | None = None,
 ) -> TrainResult:
     """Train until a limit, or until `interrupted()`; checkpoints, log and picture are in the run.
+    With a `metric` that decides which checkpoint is the best, and when nothing is gained any more.
 
     Raises TrainingError when the loss is not a finite number; the last checkpoint stays good.
     """
-    trainer = Trainer(run)
+    trainer = Trainer(run, metric)
     truncate_log(run.log, trainer.state.step)
     with run.log.open("a") as log:
         reason = _loop(trainer, log, bar, interrupted)
     plot_losses(run.log, run.path / PLOT_FILE)
     state = trainer.state
-    return TrainResult(state.step, state.elapsed_s, state.best_loss or math.nan, reason)
+    best = state.best_loss or math.nan
+    return TrainResult(state.step, state.elapsed_s, best, reason, state.best_metric)
 
 
 def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable[[], bool]) -> str:
     config = trainer.config
     what = OBJECTIVE if config.distill else LOSS  # no nats a token where a teacher's weigh in
     if trainer.run.config.fine_tuning and trainer.state.step == 0:
-        trainer.judge(_evaluate(trainer, log, bar))
+        trainer.judge(*_evaluate(trainer, log, bar))
     while not (reason := trainer.finished()):
         loss, seconds = trainer.step()
         state = trainer.state
@@ -77,21 +99,24 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
         stop = interrupted()
         due = state.step % config.eval_every == 0 or bool(trainer.finished())
         if due or stop:
-            valid = _evaluate(trainer, log, bar)
+            valid, metric = _evaluate(trainer, log, bar)
             # Out of turn it does not count: a run that goes on must take the same decisions as
             # one that was never interrupted.
-            trainer.save(valid, best=due and trainer.judge(valid))
+            trainer.save(valid, best=due and trainer.judge(valid, metric))
         if stop:
             return "interrupted"
     return reason
 
 
-def _evaluate(trainer: Trainer, log: TextIO, bar: ProgressBar) -> float:
-    valid, step = trainer.evaluate(), trainer.state.step
-    _write(log, step=step, valid_loss=valid, perplexity=math.exp(valid))
+def _evaluate(trainer: Trainer, log: TextIO, bar: ProgressBar) -> tuple[float, float | None]:
+    """Validation loss and the task's metric."""
+    valid, metric, step = trainer.evaluate(), trainer.measure(), trainer.state.step
+    known = {} if metric is None else {"metric": metric}
+    _write(log, step=step, valid_loss=valid, perplexity=math.exp(valid), **known)
     log.flush()
-    bar.say(f"step {step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}")
-    return valid
+    shown = "" if metric is None else f"  metric {metric:.2f}"
+    bar.say(f"step {step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}{shown}")
+    return valid, metric
 
 
 def _write(log: TextIO, **values: Any) -> None:
@@ -99,27 +124,26 @@ def _write(log: TextIO, **values: Any) -> None:
 
 
 def _best(state: State) -> str:
+    if state.best_metric is not None:
+        return f"  best {state.best_metric:.2f}"
     return f"  best {state.best_loss:.4f}" if state.best_loss is not None else ""
 
 
 class Trainer:
     """Model, optimizer, data and state of one run."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.config = run, run.config.train
+    def __init__(self, run: Run, metric: Metric | None = None) -> None:
+        self.run, self.config, self._metric = run, run.config.train, metric
         last, moments, self.state = run.last()
         self.beside = replace(last, state={}, rounding=None)  # what comes with the weights
         self.device = torch.device(run.config.device)
-        self.model: GPT = last.model(self.config.dropout).to(self.device)
         self.rounding = last.rounding.to(self.device) if last.rounding else None
+        self.model, self.learning = _learner(run, last, self.rounding)
         self.teacher = _teacher(run).to(self.device) if self.config.distill else None
-        self.learning = learning_parameters(self.model, self.rounding)
         self.optimizer = Optimizer(self.learning, self.config.optimizer)
         self.optimizer.load({name: t.to(self.device) for name, t in moments.items()})
         self.dtype = compute_dtype(self.config, run.config.model.n_embd, self.device)
-        self.windows = Windows(open_ids(run.train_ids), self.config.seq_len, self.config.seed)
-        self.valid = open_ids(run.valid_ids)
-        Windows(self.valid, self.config.seq_len, 0)  # too short? say so before the first step
+        self.source, self.valid = _sources(run)
 
     def share(self) -> float:
         """How much of the run is done, 0 to 1, by the limit that comes first."""
@@ -145,8 +169,8 @@ class Trainer:
         self.model.train()
         loss = 0.0
         for micro in range(config.grad_accum):
-            ids = self.windows.batch(step * config.grad_accum + micro, config.batch_size)
-            part = self._loss(torch.from_numpy(ids), distill=config.distill) / config.grad_accum
+            batch = self.source.batch(step * config.grad_accum + micro, config.batch_size)
+            part = self._loss(batch, distill=config.distill) / config.grad_accum
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         if not math.isfinite(loss):
@@ -165,14 +189,15 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss on validation text, the same windows every time. Raises TrainingError."""
+        """Mean loss on what was held out, the same every time. Raises TrainingError."""
         self.model.eval()
         began = time.perf_counter()
         total = count = 0.0
-        for ids in in_order(self.valid, self.config.seq_len, self.config.batch_size):
-            total += self._loss(torch.from_numpy(ids)).item() * len(ids)
-            count += len(ids)
-            if count * self.config.seq_len >= self.config.eval_tokens:
+        for batch in self.valid.in_order(self.config.batch_size):
+            tokens = int((batch.targets != IGNORED).sum())
+            total += self._loss(batch).item() * tokens
+            count += tokens
+            if count >= self.config.eval_tokens:
                 break
         loss = total / count
         if not math.isfinite(loss):
@@ -185,37 +210,121 @@ class Trainer:
         self.state = replace(self.state, elapsed_s=elapsed)
         return loss
 
-    def judge(self, valid_loss: float) -> bool:
-        """Whether it is the lowest validation loss yet; counted for `patience`."""
+    @torch.no_grad()
+    def measure(self) -> float | None:
+        """The task's metric; its time does not count as training."""
+        return None if self._metric is None else self._metric(self.model.eval())
+
+    def judge(self, valid_loss: float, metric: float | None = None) -> bool:
+        """Whether it is the best yet, by the metric, where that is equal or there is none by the
+        validation loss; counted for `patience`."""
         state = self.state
-        gained = state.best_loss is None or valid_loss < state.best_loss
+        before = (state.best_metric or 0.0, -(state.best_loss or 0.0))
+        gained = state.best_loss is None or (metric or 0.0, -valid_loss) > before
         if gained:
-            self.state = replace(state, best_loss=valid_loss, stale=0)
+            self.state = replace(state, best_loss=valid_loss, best_metric=metric, stale=0)
         else:
             self.state = replace(state, stale=state.stale + 1)
         return gained
 
     def save(self, valid_loss: float, *, best: bool) -> None:
         """A checkpoint of everything, named the best of the run if it is."""
+        adapter = None
         weights = self.model.state_dict()
+        if self.run.config.lora is not None:
+            adapter = to_peft(self.run.config.model, self.learning)
+            weights = merged_state(self.model)
         if self.rounding is not None:
             weights = self.rounding.in_state(weights)
         checkpoint = replace(self.beside, state=weights, rounding=self.rounding)
         moments = self.optimizer.state()
-        self.run.save(checkpoint, moments, self.state, best=best, valid_loss=valid_loss)
+        self.run.save(
+            *(checkpoint, moments, self.state),
+            best=best,
+            valid_loss=valid_loss,
+            adapter=adapter,
+        )
 
-    def _loss(self, ids: Tensor, distill: float = 0.0) -> Tensor:
-        ids = ids.to(self.device, non_blocking=True)  # [batch, seq + 1]
-        inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
+    def _loss(self, batch: Batch, distill: float = 0.0) -> Tensor:
+        inputs, targets = self._tensor(batch.inputs), self._tensor(batch.targets).flatten()
+        attend = positions = shares = None
+        if batch.segments is not None and batch.positions is not None:
+            attend = CausalAttention(self.model.config, self._tensor(batch.segments))
+            positions = self._tensor(batch.positions)
         with autocast(self.dtype, self.device):
-            hidden, head = hidden_and_head(self.model, self.rounding, inputs)
-            lesson = self._lesson(inputs, distill) if distill else None
-        return linear_cross_entropy(hidden.flatten(0, 1), head, targets, self.dtype, lesson)
+            hidden, head = hidden_and_head(self.model, self.rounding, inputs, positions, attend)
+            shown = self._shown(inputs, positions, attend) if distill else None
+        hidden = hidden.flatten(0, 1)
+        if batch.shares is not None:  # few positions count: the head reads no others
+            counts = targets != IGNORED
+            hidden, targets = hidden[counts], targets[counts]
+            shares = self._tensor(batch.shares).flatten()[counts]
+            shown = None if shown is None else shown[counts]
+        lesson = None
+        if shown is not None and self.teacher is not None:
+            lesson = Lesson(shown, self.teacher.lm_head.weight, distill)
+        return linear_cross_entropy(hidden, head, targets, self.dtype, lesson, shares)
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def _lesson(self, inputs: Tensor, share: float) -> Lesson:
+    def _shown(self, inputs: Tensor, positions: Tensor | None, attend: Attend | None) -> Tensor:
+        """What the teacher's head reads, [tokens, n_embd]."""
         assert self.teacher is not None, "a run with distillation has one"
-        return Lesson(self.teacher.hidden(inputs).flatten(0, 1), self.teacher.lm_head.weight, share)
+        return self.teacher.hidden(inputs, positions, attend).flatten(0, 1)
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def batch(self, step: int, size: int) -> Batch: ...
+    def in_order(self, size: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Batches of windows of text."""
+
+    windows: Windows
+
+    def batch(self, step: int, size: int) -> Batch:
+        return Batch.whole(self.windows.batch(step, size))
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        return map(Batch.whole, in_order(self.windows.ids, self.windows.length, size))
+
+
+def _sources(run: Run) -> tuple[Source, Source]:
+    """What a run trains on, and what it is judged by. Raises DataError for too little of either."""
+    config = run.config.train
+    if run.config.task is None:
+        train, valid = (
+            Texts(Windows(open_ids(path), config.seq_len, config.seed))
+            for path in (run.train_ids, run.valid_ids)
+        )
+        return train, valid
+    examples = Examples.open(
+        *(run.train_ids, config.seq_len, config.seed),
+        prompt_share=config.prompt_share,
+        class_weights=run.config.class_weights,
+    )
+    return examples, Examples.open(run.valid_ids, config.seq_len, config.seed)
+
+
+def _learner(
+    run: Run, last: Checkpoint, rounding: TrainedRounding | None
+) -> tuple[GPT, dict[str, nn.Parameter]]:
+    """The model as the last checkpoint has it, and what of it learns."""
+    config, device = run.config, torch.device(run.config.device)
+    if config.lora is None:
+        model = last.model(config.train.dropout).to(device)
+        return model, learning_parameters(model, rounding)
+    model = load_checkpoint(run.path / BASE_FOLDER).model(config.train.dropout)
+    learning = adapt(model, config.lora)
+    from_peft(config.model, run.adapter(), learning)
+    model.to(device)
+    return model, learning
 
 
 def learning_parameters(model: GPT, rounding: TrainedRounding | None) -> dict[str, nn.Parameter]:

@@ -24,7 +24,7 @@ from gptrt.errors import CheckpointError, OptionError
 from gptrt.schema import decode
 
 from .blocks import BlockFormat, BlockMatrix, Float, Grid, to_blocks, unpack
-from .model import GPT
+from .model import GPT, Attend
 from .parts import parameter_of, parts_of, rows_of, shape_of
 
 POSITION_PREFIX, SCALE_PREFIX = "positions/", "log_scales/"  # of what learns
@@ -204,14 +204,18 @@ class _Snap(torch.autograd.Function):
 
 
 def hidden_and_head(
-    model: GPT, rounding: TrainedRounding | None, ids: Tensor
+    model: GPT,
+    rounding: TrainedRounding | None,
+    ids: Tensor,
+    positions: Tensor | None = None,
+    attend: Attend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`model.hidden(ids)` and the matrix that makes logits of it, as rounding leaves them."""
+    """`model.hidden(...)` and the matrix that makes logits of it, as rounding leaves them."""
     if rounding is None:
-        return model.hidden(ids), model.lm_head.weight
+        return model.hidden(ids, positions, attend), model.lm_head.weight
     weights = rounding.weights()
     named = {f"model.{name}": weight for name, weight in weights.items()}
-    hidden: Tensor = torch.func.functional_call(_Hidden(model), named, (ids,))
+    hidden: Tensor = torch.func.functional_call(_Hidden(model), named, (ids, positions, attend))
     head = "wte.weight" if model.config.tied else "lm_head.weight"
     return hidden, weights.get(head, model.lm_head.weight)
 
@@ -223,5 +227,5 @@ class _Hidden(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model.hidden(ids)
+    def forward(self, ids: Tensor, positions: Tensor | None, attend: Attend | None) -> Tensor:
+        return self.model.hidden(ids, positions, attend)

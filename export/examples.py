@@ -1,0 +1,261 @@
+"""Examples of a task: prompts with their answers, on disk, and packed into rows to train on.
+
+A row holds as many whole examples as fit, each of which sees itself alone: attention stays within a
+segment, and positions begin anew. The answer is what is learnt; a prompt counts as much as is asked
+for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Inner
+
+from gptrt.errors import CheckpointError, DataError
+from gptrt.task import Task, answer_text
+from gptrt.tokenizer import Tokenizer
+
+from .data import TRAIN_IDS, VALID_IDS, Batch, open_ids, save_ids
+from .loss import IGNORED
+from .tokenization import SpecialIds
+
+ANSWER = "answer"  # the column of right answers in tables of ours
+_OPEN_ROWS = 16  # that an example may still go into
+_PAD = 0  # an id that nothing looks at
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a user gives, by field, and right answers: at least one, the first the best."""
+
+    fields: Mapping[str, str]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExamplePlan:
+    """The data of a run that learns a task, split, with where they come from.
+
+    `class_weights` say how much each of the task's labels counts; all alike, if there are none.
+    """
+
+    task: Task
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    test: Sequence[Example]
+    sources: Sequence[Path]
+    class_weights: tuple[float, ...] = ()
+
+    def write(
+        self, folder: Path, tokenizer: Inner, special: SpecialIds, length: int
+    ) -> tuple[int, int]:
+        """Ids to train on and to validate by, and all three parts as tables. Returns the numbers
+        of ids (train, valid). Raises DataError, and CheckpointError for a tokenizer that has
+        nothing to end an answer with."""
+        if special.end is None:
+            raise CheckpointError(
+                "a tokenizer with an end-of-text token, which ends answers",
+                found="none",
+                do="add one, and name it as eos_token_id in config.json",
+            )
+        counts = []
+        for name, examples in (("train", self.train), ("valid", self.valid), ("test", self.test)):
+            write_table(folder / f"{name}.jsonl", examples)
+        words = Tokenizer(tokenizer)
+        for name, examples in ((TRAIN_IDS, self.train), (VALID_IDS, self.valid)):
+            written = write_examples(
+                folder / name, examples, self.task, words=words, end=special.end, length=length
+            )
+            counts.append(written)
+        return counts[0], counts[1]
+
+
+def count_rows(plan: ExamplePlan, tokenizer: Inner, length: int) -> int:
+    """How many rows of `length` ids an epoch takes, about."""
+    words, lengths = Tokenizer(tokenizer), []
+    for example in plan.train:
+        prompt = len(words.encode(plan.task.write(example.fields)))
+        lengths += [prompt + len(words.encode(answer_text(a))) for a in example.answers]
+    return len(_packed(range(len(lengths)), [min(n, length) for n in lengths], length))
+
+
+def write_table(target: Path, examples: Sequence[Example]) -> None:
+    """JSON lines: the fields by their names, and `answer`, a list where several are right."""
+    with target.open("w", encoding="utf-8") as stream:
+        for example in examples:
+            answers = list(example.answers)
+            row = {**example.fields, ANSWER: answers if len(answers) > 1 else answers[0]}
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_examples(
+    target: Path,
+    examples: Sequence[Example],
+    task: Task,
+    *,
+    words: Tokenizer,
+    end: int,
+    length: int,
+) -> int:
+    """Write ids of prompts and answers, each closed by `end`, in at most `length` + 1, and where
+    they begin; every right answer is an example. Returns the number of ids. Raises DataError for
+    answers that leave no room for a prompt.
+    """
+    ids: list[int] = []
+    table: list[tuple[int, int, int]] = []  # begin, begin of the answer, number of its label
+    faults = []
+    for number, example in enumerate(examples, start=1):
+        for text in example.answers:
+            if not task.prompt:  # nothing but text, of any length
+                whole = [*words.encode(text), end]
+                starts = range(0, len(whole) - 1, length)
+                pieces = [(list[int](), whole[at : at + length + 1]) for at in starts]
+            else:
+                answer = [*words.encode(answer_text(text), whole=False), end]
+                if len(answer) > length:
+                    faults.append(f"example {number} has an answer of {len(answer)} tokens")
+                    continue
+                room = length + 1 - len(answer)
+                pieces = [(task.prompt_ids(example.fields, words.encode, room), answer)]
+            label = task.labels.index(text) if task.labels else 0
+            for prompt, answer in pieces:
+                table.append((len(ids), len(ids) + len(prompt), label))
+                ids += [*prompt, *answer]
+    if faults or not table:
+        raise DataError(
+            f"answers of at most {length} tokens",
+            found="; ".join(faults[:20]) or "no examples",
+            do="shorten them, leave them out, or raise seq_len up to the context",
+        )
+    np.save(_table_of(target), np.array(table, np.int64))
+    save_ids(np.array(ids, np.int64), target)
+    return len(ids)
+
+
+def _table_of(path: Path) -> Path:
+    return path.with_suffix(".examples.npy")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of a file, to be drawn from: each once an epoch, in rows of at most `length` ids.
+
+    A batch is a function of (seed, step) alone. `prompt_share` is the weight of the mean loss of
+    prompts beside that of answers; `class_weights` those of labels among each other.
+    """
+
+    ids: NDArray[np.uint32]
+    table: NDArray[np.int64]  # [examples, 3]
+    length: int
+    seed: int
+    prompt_share: float = 0.0
+    class_weights: tuple[float, ...] = ()
+    _epochs: dict[int, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        length: int,
+        seed: int,
+        *,
+        prompt_share: float = 0.0,
+        class_weights: tuple[float, ...] = (),
+    ) -> Examples:
+        """Those that `write_examples` wrote. Raises DataError."""
+        if not _table_of(path).is_file():
+            raise DataError(f"examples in {path}", found="none", do="give --data again")
+        table = np.load(_table_of(path), allow_pickle=False)
+        return cls(open_ids(path), table, length, seed, prompt_share, class_weights)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def batch(self, step: int, size: int) -> Batch:
+        """`size` rows of a step, counted from 0."""
+        first = step * size
+        return self._batch([self._row(n) for n in range(first, first + size)])
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """Every example once, up to `size` rows at a time."""
+        rows = _packed(range(len(self)), self.lengths, self.length)
+        for first in range(0, len(rows), size):
+            yield self._batch(rows[first : first + size])
+
+    def rows_per_epoch(self) -> int:
+        """About; it depends on the order."""
+        return len(self._rows(0))
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Inputs that each example takes: one less than its ids."""
+        ends = [*self.table[1:, 0].tolist(), len(self.ids)]
+        return tuple(end - begin - 1 for begin, end in zip(self.table[:, 0], ends, strict=True))
+
+    def _row(self, number: int) -> list[int]:
+        epoch = 0
+        while number >= len(rows := self._rows(epoch)):
+            number -= len(rows)
+            epoch += 1
+        return rows[number]
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        """Those of an epoch, each the numbers of its examples."""
+        if epoch not in self._epochs:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+            self._epochs[epoch] = _packed(order.tolist(), self.lengths, self.length)
+        return self._epochs[epoch]
+
+    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        width = max(sum(self.lengths[n] for n in row) for row in rows)
+        shape = (len(rows), width)
+        inputs, targets = np.full(shape, _PAD, np.int64), np.full(shape, IGNORED, np.int64)
+        segments, positions = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        answers, prompts = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        for r, row in enumerate(rows):
+            at = 0
+            for segment, n in enumerate(row):
+                begin, answer, label = self.table[n].tolist()
+                size = self.lengths[n]
+                own = slice(at, at + size)
+                text = self.ids[begin : begin + size + 1].astype(np.int64)
+                inputs[r, own], targets[r, own] = text[:-1], text[1:]
+                segments[r, own], positions[r, own] = segment, np.arange(size)
+                first = max(0, answer - begin - 1)  # of the inputs, the first whose target counts
+                answers[r, at + first : at + size] = self._weight(label)
+                prompts[r, at : at + first] = self.prompt_share
+                at += size
+        shares = _shares(answers, 1.0) + _shares(prompts, self.prompt_share)
+        targets[shares == 0] = IGNORED
+        return Batch(inputs, targets, shares, segments, positions)
+
+    def _weight(self, label: int) -> float:
+        return self.class_weights[label] if self.class_weights else 1.0
+
+
+def _shares(weights: NDArray[np.float32], total: float) -> NDArray[np.float32]:
+    """The weights, scaled to that sum."""
+    return weights * np.float32(total / max(float(weights.sum(dtype=np.float64)), 1e-9))
+
+
+def _packed(order: Sequence[int], lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Each example goes into the fullest of the last few rows that has room for it (best fit)."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for n in order:
+        recent = range(max(0, len(rows) - _OPEN_ROWS), len(rows))
+        fitting = [r for r in recent if room[r] >= lengths[n]]
+        if fitting:
+            best = min(fitting, key=lambda r: room[r])
+            rows[best].append(n)
+            room[best] -= lengths[n]
+        else:
+            rows.append([n])
+            room.append(length - lengths[n])
+    return rows

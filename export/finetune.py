@@ -1,0 +1,262 @@
+"""From tables of examples to the plan of a run that learns a task: all of it is checked before
+anything is trained.
+
+Splits go by a hash of the prompt, so that the same one never stands on two sides, and label by
+label, so that all parts have the same mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gptrt.architecture import ModelConfig
+from gptrt.errors import CheckpointError, DataError, OptionError
+from gptrt.tables import Faults, Row, read_rows
+from gptrt.task import Kind, Task
+
+from .examples import ANSWER, Example, ExamplePlan, count_rows
+from .lora import LoraConfig
+from .optimizer import OptimizerConfig
+from .reopen import load_checkpoint_or_bundle
+from .runs import Run, RunPlan, TrainConfig
+from .start import choose_device, with_settings
+from .tokenization import TokenizerConfig
+from .train import Metric
+
+# The prompt of a task if none is given, and how many ids its answers may take.
+PROMPTS: dict[Kind, str] = {
+    "lm": "",
+    "classification": "{text}\n\nLabel:",
+    "translation": "{text}\n\nTranslation:",
+    "summarization": "{text}\n\nSummary:",
+}
+_LONGEST_ANSWER: dict[Kind, int] = {
+    "lm": 256,
+    "classification": 16,
+    "translation": 128,
+    "summarization": 128,
+}
+EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where examples are. `data` is split, but for the parts that have tables of their own.
+
+    `columns` names the column of a field of the prompt, or of the answer, where it is another.
+    `labels` are names for what stands in the answer's column: {"1": "positive"}.
+    """
+
+    data: Sequence[Path]
+    valid: Sequence[Path] = ()
+    test: Sequence[Path] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    valid_share: float = 0.1
+    test_share: float = 0.1
+
+
+def plan_finetuning(
+    kind: Kind,
+    checkpoint: Path,
+    tables: Tables,
+    *,
+    prompt: str | None = None,
+    lora: LoraConfig | None = None,
+    class_weights: Literal["none", "balanced"] = "none",
+    epochs: float = EPOCHS,
+    device: str = "auto",
+    settings: Mapping[str, str] | None = None,
+) -> RunPlan:
+    """Raises a GptrtError for a checkpoint, table, template or setting that is not right."""
+    start = load_checkpoint_or_bundle(checkpoint)
+    if start.rounding is not None:
+        raise CheckpointError(
+            "a model that was not trained for its rounding",
+            found="one that was",
+            do="fine-tune what it was made from, and round after that",
+        )
+    task = _template(kind, prompt)
+    train, valid, test = (
+        read_examples(paths, task, tables) for paths in (tables.data, tables.valid, tables.test)
+    )
+    task = _with_labels(task, train)
+    _check_labels(task, [*valid, *test])
+    if not tables.test:
+        test, train = split(train, tables.test_share)
+    if not tables.valid:  # of what is left, so many that they are that share of all
+        valid, train = split(train, tables.valid_share / (1 - tables.test_share))
+    for name, part in (("train on", train), ("validate by", valid)):
+        if not part:
+            raise DataError(f"examples to {name}", found="none", do="give more, or other shares")
+    weights = balanced_weights(task, train) if class_weights == "balanced" else ()
+    examples = ExamplePlan(task, train, valid, test, list(tables.data), weights)
+    config = with_settings(task_training(start.config, lora), dict(settings or {}))
+    if "max_steps" not in (settings or {}):
+        assert start.tokenizer is not None
+        rows = count_rows(examples, start.tokenizer, config.seq_len)
+        config = replace(config, max_steps=max(1, round(epochs * rows / rows_per_step(config))))
+    return RunPlan(
+        *(config, start, TokenizerConfig("bpe"), [], [], choose_device(device)),
+        examples=examples,
+        lora=lora,
+    )
+
+
+def rows_per_step(train: TrainConfig) -> int:
+    return train.batch_size * train.grad_accum
+
+
+def task_training(model: ModelConfig, lora: LoraConfig | None) -> TrainConfig:
+    """A table is read several times, so gently and with dropout; an adapter is small, and takes
+    larger steps."""
+    optimizer = OptimizerConfig(lr=5e-4, matrix_lr=3e-3)
+    if lora is not None:
+        optimizer = OptimizerConfig("adamw", lr=2e-3, weight_decay=0.0)
+    return TrainConfig(
+        seq_len=min(512, model.n_positions),
+        batch_size=4,
+        warmup_steps=20,
+        dropout=0.1,
+        eval_every=100,
+        patience=5,
+        optimizer=optimizer,
+    )
+
+
+def _template(kind: Kind, prompt: str | None) -> Task:
+    """A task without its labels, which come with the examples. Raises OptionError for a prompt that
+    is no template."""
+    text = PROMPTS[kind] if prompt is None else prompt
+    task = Task(kind, text, max_new_tokens=_LONGEST_ANSWER[kind])
+    faults = replace(task, labels=("a", "b") if kind == "classification" else ()).faults()
+    if faults:
+        raise OptionError(
+            'a --prompt like "{text} Summary:"', found="; ".join(faults), do="correct it"
+        )
+    return task
+
+
+def _with_labels(task: Task, examples: Sequence[Example]) -> Task:
+    """In alphabetical order. Raises DataError for fewer than two."""
+    if task.kind != "classification":
+        return task
+    labels = tuple(sorted({example.answers[0] for example in examples}))
+    if len(labels) < 2:
+        raise DataError(
+            "two labels or more in the answers", found=", ".join(labels) or "none", do="check them"
+        )
+    return replace(task, labels=labels)
+
+
+def _check_labels(task: Task, examples: Sequence[Example]) -> None:
+    unknown = {answer for example in examples for answer in example.answers} - set(task.labels)
+    if task.labels and unknown:
+        raise DataError(
+            f"the labels of --data, {', '.join(task.labels)}",
+            found=", ".join(sorted(unknown)[:5]),
+            do="correct them in --valid or --test",
+        )
+
+
+# --- tables to examples -------------------------------------------------------------------------
+
+
+def read_examples(paths: Sequence[Path], task: Task, tables: Tables) -> list[Example]:
+    """All examples of some tables, every fault of a table listed. Raises DataError."""
+    names = {name: tables.columns.get(name, name) for name in (*task.fields, ANSWER)}
+    if not task.fields and ANSWER not in tables.columns:
+        names[ANSWER] = "text"
+    if unknown := set(tables.columns) - set(names):
+        raise OptionError(
+            f"--column for {', '.join(names)}", found=", ".join(sorted(unknown)), do="correct it"
+        )
+    examples = []
+    for path in paths:
+        faults = Faults(path)
+        for row in read_rows(path, names, faults=faults):
+            try:
+                examples.append(_example(row, task, tables.labels))
+            except ValueError as e:
+                faults.add(row.line, str(e))
+        faults.check()
+    return examples
+
+
+def _example(row: Row, task: Task, labels: Mapping[str, str]) -> Example:
+    """A list is one text in a prompt, and several right answers as an answer. Raises ValueError."""
+    fields = {name: " ".join(_texts(row.values[name], name)) for name in task.fields}
+    answers = tuple(text.strip() for text in _texts(row.values[ANSWER], ANSWER))
+    empty = [name for name, text in fields.items() if not text.strip()]
+    if empty or not answers or not all(answers):
+        raise ValueError(f"{empty[0] if empty else ANSWER} is empty")
+    if task.kind == "classification":
+        if len(answers) > 1:
+            raise ValueError("several labels")
+        if labels and answers[0] not in labels:
+            raise ValueError(f"label {answers[0]!r} is none of {', '.join(labels)}")
+        answers = (labels.get(answers[0], answers[0]),)
+    return Example(fields, answers)
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    texts = [str(v) if isinstance(v, bool | int | float) else v for v in values]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} is {str(value)[:40]}, wanted text or a list of texts")
+    return texts
+
+
+# --- splits and weights -------------------------------------------------------------------------
+
+
+def split(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """A share of the examples, and the rest, in their order: in each group of one answer, or among
+    all if hardly two have the same, those whose prompts have the lowest hashes."""
+    answers = Counter(example.answers[0] for example in examples)
+    stratified = len(answers) <= len(examples) // 10
+    groups: dict[str, list[int]] = defaultdict(list)
+    for example in examples:
+        groups[example.answers[0] if stratified else ""].append(_hash(example))
+    bounds = {
+        answer: sorted(hashes)[count - 1] if (count := round(share * len(hashes))) else -1
+        for answer, hashes in groups.items()
+    }
+    taken = [_hash(e) <= bounds[e.answers[0] if stratified else ""] for e in examples]
+    first = [example for example, inside in zip(examples, taken, strict=True) if inside]
+    rest = [example for example, inside in zip(examples, taken, strict=True) if not inside]
+    seen = {_hash(example) for example in first}  # the same prompt with another answer
+    return first, [example for example in rest if _hash(example) not in seen]
+
+
+def _hash(example: Example) -> int:
+    text = "\0".join(example.fields.values()) or example.answers[0]
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def balanced_weights(task: Task, examples: Sequence[Example]) -> tuple[float, ...]:
+    """So that every label weighs alike: n / (labels * n of the label), as scikit-learn's
+    `compute_class_weight` has it."""
+    counts = Counter(example.answers[0] for example in examples)
+    if not task.labels:
+        raise OptionError(
+            "--class-weights for a classification", found=task.kind, do="leave it out"
+        )
+    return tuple(len(examples) / (len(task.labels) * max(1, counts[k])) for k in task.labels)
+
+
+# --- while it learns, and after -----------------------------------------------------------------
+
+
+def task_metric(run: Run) -> Metric | None:
+    del run
+    return None
+
+
+def finish(run: Run) -> None:
+    del run

@@ -1,0 +1,318 @@
+"""Fine-tuning for a task: tables to examples, packing, splits, adapters, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from export.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_tensors,
+    write_json,
+)
+from export.cli import main as gptrt_export
+from export.examples import Example, Examples, write_examples
+from export.finetune import Tables, balanced_weights, plan_finetuning, read_examples, split
+from export.lora import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    LoraConfig,
+    adapt,
+    from_peft,
+    merged_state,
+    peft_config,
+    to_peft,
+)
+from export.loss import IGNORED
+from export.model import GPT, CausalAttention
+from export.options import ConvertOptions
+from export.pipeline import convert
+from export.runs import Run, open_run
+from export.tokenization import SpecialIds
+from gptrt.errors import CheckpointError, DataError, OptionError
+from gptrt.format import read_manifest
+from gptrt.task import Task
+from gptrt.tokenizer import Tokenizer as Words
+
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
+
+TASK = Task("classification", "The {text} king:", ("good", "bad"))
+WORDS = ("old", "young", "wise", "merry", "silent")
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two labels that a word decides."""
+    path = tmp_path_factory.mktemp("tables") / "reviews.tsv"
+    rows = [
+        f"the {WORDS[n % 5]} bird number {n} is {'wise' if n % 2 else 'silent'}\t{n % 2}"
+        for n in range(200)
+    ]
+    path.write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    return path
+
+
+LABELS = ("--column", "answer=label", "--label", "1=good", "--label", "0=bad")
+QUICK = ("--set", "batch_size=2", "--set", "eval_every=4", "--set", "seq_len=64")
+
+
+@pytest.fixture(scope="module")
+def tuned(run: Run, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    task = ("finetune", "--task", "classification", "--from", run.path, "--data", reviews)
+    steps = ("--set", "max_steps=40", "--set", "optimizer.lr=0.003", "--set", "dropout=0")
+    result = run_cli(gptrt_export, *task, "--out", out, *LABELS, *QUICK, *steps)
+    assert result.exit_code == 0, result.output
+    return open_run(out)
+
+
+# --- tables to examples -------------------------------------------------------------------------
+
+
+def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_path: Path) -> None:
+    table = tmp_path / "bad.jsonl"
+    rows = ['{"text": "a", "answer": "x"}', '{"text": "", "answer": "x"}', "no json"]
+    rows += [
+        '{"text": "a"}',
+        '{"text": "a", "answer": ["x", "y"]}',
+        '{"text": [1, {}], "answer": "x"}',
+    ]
+    table.write_text("\n".join(rows) + "\n")
+    task = ("finetune", "--task", "classification", "--from", run.path, "--data", table)
+    result = run_cli(gptrt_export, *task, "--out", tmp_path / "run")
+    assert_refused(result, *(f"bad.jsonl:{line}:" for line in (2, 3, 4, 5, 6)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompt", "no field"), ("--prompt", "no field in braces")),
+        (("--prompt", "{text!r}"), ("--prompt",)),
+        (("--column", "review=text"), ("--column", "review")),
+        (("--label", "1=good"), ("'0'", "none of 1")),
+        (("--lora-alpha", 4), ("--lora-rank",)),
+        (("--lora-rank", 2, "--lora-target", "wte"), ("wte", "attn.c_attn")),
+        (("--set", "seq_len=2"), ("answers of at most 2",)),
+        (("--valid-share", 0), ("validate by",)),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    run: Run, reviews: Path, tmp_path: Path, options: tuple[Any, ...], words: tuple[str, ...]
+) -> None:
+    task = ("finetune", "--task", "classification", "--from", run.path, "--data", reviews)
+    result = run_cli(
+        gptrt_export, *task, "--column", "answer=label", "--out", tmp_path / "run", *options
+    )
+    assert_refused(result, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_is_one_text_in_a_prompt_and_several_answers(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"source": ["One.", "Two."], "target": ["a", "b"]}\n')
+    columns = {"text": "source", "answer": "target"}
+    task = Task("summarization", "{text} Summary:")
+    (found,) = read_examples([table], task, Tables([table], columns=columns))
+    assert found == Example({"text": "One. Two."}, ("a", "b"))
+
+
+# --- splits and weights -------------------------------------------------------------------------
+
+
+def examples(count: int) -> list[Example]:
+    return [
+        Example({"text": f"text {n // 2}"}, ("good" if n % 4 < 1 else "bad",)) for n in range(count)
+    ]
+
+
+def test_a_split_is_stratified_and_never_parts_equal_prompts() -> None:
+    first, rest = split(examples(2000), 0.1)
+    prompts = [{example.fields["text"] for example in part} for part in (first, rest)]
+    assert not prompts[0] & prompts[1]
+    shares = [Counter(e.answers[0] for e in part)["good"] / len(part) for part in (first, rest)]
+    assert 150 < len(first) < 450 and abs(shares[0] - 0.25) < 0.1
+
+
+def test_a_split_does_not_depend_on_the_order() -> None:
+    some = examples(400)
+    one, other = ({e.fields["text"] for e in split(order, 0.2)[0]} for order in (some, some[::-1]))
+    assert one == other
+
+
+def test_balanced_weights_give_every_label_the_same_say() -> None:
+    some = [Example({"text": "x"}, (a,)) for a in ["good"] * 30 + ["bad"] * 10]
+    weights = balanced_weights(TASK, some)
+    assert weights[0] * 30 == pytest.approx(weights[1] * 10) == pytest.approx(20)
+
+
+# --- packing ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(run: Run, tmp_path: Path) -> Path:
+    some = [
+        Example({"text": f"{WORDS[n % 5]} " * (1 + n % 7)}, (TASK.labels[n % 2],))
+        for n in range(50)
+    ]
+    checkpoint = load_checkpoint(run.path)
+    assert checkpoint.tokenizer is not None and checkpoint.special.end is not None
+    words, end = Words(checkpoint.tokenizer), checkpoint.special.end
+    write_examples(tmp_path / "x.bin", some, TASK, words=words, end=end, length=40)
+    return tmp_path / "x.bin"
+
+
+def test_an_epoch_has_every_example_once_and_rows_are_full(written: Path) -> None:
+    found = Examples.open(written, 40, seed=1)
+    rows = found.rows_per_epoch()
+    batch = found.batch(0, rows)
+    assert batch.segments is not None and batch.inputs.shape[1] <= 40
+    assert sum(int(row.max()) + 1 for row in batch.segments) == len(found) == 50
+    assert (batch.segments >= 0).mean() > 0.8
+    again = Examples.open(written, 40, seed=1).batch(0, rows)
+    assert (again.inputs == batch.inputs).all()
+    other = found.batch(1, rows).inputs  # the next epoch
+    assert other.shape != batch.inputs.shape or (other != batch.inputs).any()
+
+
+def test_only_answers_count_unless_prompts_are_asked_for(written: Path) -> None:
+    (batch,) = Examples.open(written, 40, seed=1).in_order(1000)
+    counted = batch.targets != IGNORED
+    assert batch.shares is not None and batch.shares.sum() == pytest.approx(1, abs=1e-5)
+    assert 2 * 50 <= counted.sum() < batch.inputs.size // 2
+    (both,) = Examples.open(written, 40, seed=1, prompt_share=0.5).in_order(1000)
+    assert both.shares is not None and both.shares.sum() == pytest.approx(1.5, abs=1e-5)
+    assert (both.targets != IGNORED).sum() > 2 * counted.sum()
+    (heavy,) = Examples.open(written, 40, seed=1, class_weights=(3.0, 1.0)).in_order(1000)
+    assert heavy.shares is not None and heavy.shares.max() == pytest.approx(
+        3 * heavy.shares[heavy.shares > 0].min(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("shape", [GPT2_SHAPE, LLAMA_SHAPE, replace(LLAMA_SHAPE, window=5)])
+def test_a_packed_example_is_computed_as_if_it_stood_alone(written: Path, shape: Any) -> None:
+    model = scrambled(shape)
+    batch = Examples.open(written, 40, seed=1).batch(0, 2)
+    assert batch.segments is not None and batch.positions is not None
+    attend = CausalAttention(shape, torch.from_numpy(batch.segments))
+    ids = torch.from_numpy(batch.inputs)
+    with torch.no_grad():
+        packed = model.hidden(ids, torch.from_numpy(batch.positions), attend)
+        for row, segments in enumerate(batch.segments):
+            for segment in range(segments.max() + 1):
+                own = segments == segment
+                alone = model.hidden(ids[row, own][None])[0]
+                torch.testing.assert_close(packed[row, own], alone, atol=2e-4, rtol=1e-4)
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [GPT2_SHAPE, LLAMA_SHAPE])
+def test_an_adapter_changes_nothing_at_first_and_merges_to_what_it_computes(shape: Any) -> None:
+    model, ids = scrambled(shape), torch.randint(300, (2, 12))
+    before = model(ids)
+    learning = adapt(model, LoraConfig(rank=3))
+    assert torch.equal(model(ids), before)
+    assert [p for p in model.parameters() if p.requires_grad] == list(learning.values())
+    for parameter in learning.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    wanted = model(ids)
+    assert not torch.allclose(wanted, before, atol=0.1)
+    plain = GPT(shape)
+    plain.load_state_dict(merged_state(model))
+    torch.testing.assert_close(plain.eval()(ids), wanted, atol=1e-4, rtol=1e-4)
+    twin = scrambled(shape)
+    other = adapt(twin, LoraConfig(rank=3))
+    from_peft(shape, to_peft(shape, learning), other)
+    assert all(torch.equal(learning[name], other[name]) for name in learning)
+    with pytest.raises(CheckpointError, match="rank"):
+        from_peft(shape, to_peft(shape, adapt(scrambled(shape), LoraConfig(rank=2))), other)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
+@pytest.mark.parametrize("shape", [GPT2_SHAPE, LLAMA_SHAPE])
+def test_peft_computes_with_an_adapter_what_we_do(shape: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="the reference implementation is not installed")
+    transformers = pytest.importorskip("transformers", reason="the reference implementation")
+    lora = LoraConfig(rank=3, alpha=5, targets=("attn.c_attn", "attn.c_proj", "mlp.c_fc"))
+    model, ids = scrambled(shape), torch.randint(300, (2, 12))
+    save_checkpoint(Checkpoint(shape, model.state_dict(), None, {}), tmp_path / "base")
+    learning = adapt(model, lora)
+    for parameter in learning.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    (tmp_path / "adapter").mkdir()
+    save_tensors(to_peft(shape, learning), tmp_path / "adapter" / ADAPTER_FILE)
+    about = peft_config(shape, lora, str(tmp_path / "base"))
+    write_json(tmp_path / "adapter" / ADAPTER_CONFIG_FILE, about)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapted_run_resumes_bit_for_bit_and_leaves_the_base_alone(
+    run: Run, reviews: Path, tmp_path: Path
+) -> None:
+    task = ("finetune", "--task", "classification", "--from", run.path, "--data", reviews)
+    lora = ("--lora-rank", 2, "--lora-target", "attn.c_attn", "--lora-target", "mlp.c_fc")
+    for name in ("whole", "parts"):
+        out = tmp_path / name
+        result = run_cli(
+            gptrt_export, *task, "--out", out, *LABELS, *QUICK, *lora, "--set", "max_steps=8",
+            *(("--max-time", 0) if name == "parts" else ()),
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+    result = run_cli(gptrt_export, "finetune", "--resume", "--out", tmp_path / "parts")
+    assert result.exit_code == 0, result.output
+    adapters = [open_run(tmp_path / name).adapter() for name in ("whole", "parts")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    whole, base = (load_checkpoint(p) for p in (open_run(tmp_path / "whole").last_folder, run.path))
+    changed = [n for n in base.state if not torch.equal(base.state[n], whole.state[n])]
+    assert changed and all(n.endswith(("c_attn.weight", "c_fc.weight")) for n in changed)
+    kept = load_checkpoint(tmp_path / "whole" / "base").state
+    assert all(torch.equal(kept[name], base.state[name]) for name in kept)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_a_task_is_learnt_and_travels_with_the_weights(tuned: Run, tmp_path: Path) -> None:
+    rows = list(map(json.loads, (tuned.path / "data" / "test.jsonl").read_text().splitlines()))
+    assert len(rows) == 20 and {row["answer"] for row in rows} == {"good", "bad"}
+    checkpoint = load_checkpoint(tuned.path)
+    assert checkpoint.task is not None and checkpoint.task.labels == ("bad", "good")
+    options = ConvertOptions("none", verify_text=tuned.path / "data" / "train.jsonl")
+    convert(tuned.path, tmp_path / "bundle", options)
+    assert read_manifest(tmp_path / "bundle").task == checkpoint.task
+
+
+def test_labels_that_nothing_was_learnt_of_are_refused(
+    run: Run, reviews: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "valid.tsv"
+    other.write_text("text\tlabel\nthe wise bird\t2\n")
+    tables = Tables([reviews], valid=[other], columns={"answer": "label"})
+    with pytest.raises(DataError, match="labels of --data"):
+        plan_finetuning("classification", run.path, tables)
+    with pytest.raises(OptionError, match="classification"):
+        plan_finetuning("lm", run.path, Tables([reviews]), class_weights="balanced")
+
+
+def test_a_model_without_an_end_of_text_is_refused(run: Run, reviews: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "endless"
+    checkpoint = load_checkpoint(run.path)
+    end = Tokenizer.from_str(checkpoint.tokenizer.to_str().replace("<|endoftext|>", "<|other|>"))
+    save_checkpoint(replace(checkpoint, tokenizer=end, special=SpecialIds()), folder)
+    task = ("finetune", "--task", "lm", "--from", folder, "--data", reviews)
+    result = run_cli(gptrt_export, *task, "--out", tmp_path / "run")
+    assert_refused(result, "end-of-text")
