@@ -26,6 +26,7 @@ from .loss import IGNORED
 from .tokenization import SpecialIds
 
 ANSWER = "answer"  # the column of right answers in tables of ours
+TRAIN_TABLE, VALID_TABLE, TEST_TABLE = "train.jsonl", "valid.jsonl", "test.jsonl"
 _OPEN_ROWS = 16  # that an example may still go into
 _PAD = 0  # an id that nothing looks at
 
@@ -65,8 +66,9 @@ class ExamplePlan:
                 do="add one, and name it as eos_token_id in config.json",
             )
         counts = []
-        for name, examples in (("train", self.train), ("valid", self.valid), ("test", self.test)):
-            write_table(folder / f"{name}.jsonl", examples)
+        parts = (self.train, self.valid, self.test)
+        for name, examples in zip((TRAIN_TABLE, VALID_TABLE, TEST_TABLE), parts, strict=True):
+            write_table(folder / name, examples)
         words = Tokenizer(tokenizer)
         for name, examples in ((TRAIN_IDS, self.train), (VALID_IDS, self.valid)):
             written = write_examples(

@@ -8,24 +8,34 @@ label, so that all parts have the same mix.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, DataError, OptionError
+from gptrt.generator import Generator
 from gptrt.tables import Faults, Row, read_rows
 from gptrt.task import Kind, Task
 
-from .examples import ANSWER, Example, ExamplePlan, count_rows
+from .checkpoint import TASK_FILE, load_checkpoint, replace_json, resolve_checkpoint
+from .evaluate import evaluate, spread
+from .examples import ANSWER, VALID_TABLE, Example, ExamplePlan, count_rows
 from .lora import LoraConfig
+from .model import GPT
 from .optimizer import OptimizerConfig
 from .reopen import load_checkpoint_or_bundle
-from .runs import Run, RunPlan, TrainConfig
+from .runs import DATA_FOLDER, Run, RunPlan, TrainConfig
 from .start import choose_device, with_settings
 from .tokenization import TokenizerConfig
+from .torch_decoder import TorchDecoder, open_checkpoint_generator, tokenizer_of
 from .train import Metric
 
 # The prompt of a task if none is given, and how many ids its answers may take.
@@ -252,11 +262,77 @@ def balanced_weights(task: Task, examples: Sequence[Example]) -> tuple[float, ..
 
 # --- while it learns, and after -----------------------------------------------------------------
 
+# What decides which checkpoint is the best, and on how many examples it is measured: a label takes
+# one pass, an answer is written id by id.
+_METRICS: dict[Kind, tuple[str, int]] = {
+    "classification": ("accuracy", 1000),
+    "translation": ("chrF", 128),
+    "summarization": ("ROUGE-L", 64),
+}
+
 
 def task_metric(run: Run) -> Metric | None:
-    del run
-    return None
+    """How well a model does the task of a run on its validation examples, in percent; None where
+    the validation loss is all there is to say."""
+    task = run.config.task
+    if task is None or task.kind not in _METRICS:
+        return None
+    name, count = _METRICS[task.kind]
+    examples = spread(_held_out(run, task), count)
+    checkpoint, _, _ = run.last()
+    words = tokenizer_of(checkpoint)
+
+    def measure(model: GPT) -> float:
+        generator = Generator.from_parts(TorchDecoder(model), words, task=task, reuse="none")
+        found = {scored.name: scored.value for scored in evaluate(generator, examples)}
+        return found[name]
+
+    return measure
 
 
 def finish(run: Run) -> None:
-    del run
+    """Have the best checkpoint say how sure it is, as its validation examples show it."""
+    checkpoint = load_checkpoint(run.path)
+    task = checkpoint.task
+    if task is None or task.kind != "classification":
+        return
+    examples = _held_out(run, task)
+    with open_checkpoint_generator(checkpoint) as generator:
+        found = generator.classify_batch([e.fields for e in examples], calibrate=False)
+    scores = torch.tensor([[math.log(max(dict(f)[k], 1e-30)) for k in task.labels] for f in found])
+    wanted = torch.tensor([task.labels.index(example.answers[0]) for example in examples])
+    temperature, bias = calibrated(scores, wanted)
+    file = resolve_checkpoint(run.path) / TASK_FILE
+    replace_json(file, asdict(replace(task, temperature=temperature, bias=bias)))
+
+
+def calibrated(scores: Tensor, wanted: Tensor) -> tuple[float, tuple[float, ...]]:
+    """Temperature and bias [labels] with which softmax(scores / temperature + bias) gives `wanted`
+    [examples] the most: bias-corrected temperature scaling (https://arxiv.org/abs/1901.06852).
+
+    `scores` [examples, labels] are log probabilities. A slight pull to 1 and 0 keeps a handful of
+    examples from deciding everything.
+    """
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(scores.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [log_temperature, bias], max_iter=200, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = scores.double() / log_temperature.exp() + bias
+        pull = (log_temperature**2 + (bias**2).sum()) / len(scores)
+        total = F.cross_entropy(logits, wanted) + pull
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    limited = float(log_temperature.detach().exp().clamp(0.01, 100.0))
+    return limited, tuple((bias - bias.mean()).tolist())
+
+
+def _held_out(run: Run, task: Task) -> list[Example]:
+    """The validation examples of a run."""
+    table = run.path / DATA_FOLDER / VALID_TABLE
+    return read_examples([table], task, Tables([table]))

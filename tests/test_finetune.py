@@ -20,8 +20,16 @@ from export.checkpoint import (
     write_json,
 )
 from export.cli import main as gptrt_export
+from export.evaluate import evaluate
 from export.examples import Example, Examples, write_examples
-from export.finetune import Tables, balanced_weights, plan_finetuning, read_examples, split
+from export.finetune import (
+    Tables,
+    balanced_weights,
+    calibrated,
+    plan_finetuning,
+    read_examples,
+    split,
+)
 from export.lora import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -38,6 +46,7 @@ from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run, open_run
 from export.tokenization import SpecialIds
+from export.torch_decoder import open_checkpoint_generator
 from gptrt.errors import CheckpointError, DataError, OptionError
 from gptrt.format import read_manifest
 from gptrt.task import Task
@@ -54,7 +63,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two labels that a word decides."""
     path = tmp_path_factory.mktemp("tables") / "reviews.tsv"
     rows = [
-        f"the {WORDS[n % 5]} bird number {n} is {'wise' if n % 2 else 'silent'}\t{n % 2}"
+        f"{WORDS[n % 5]} bird {n} is {'great' if n % 2 else 'poor'}\t{n % 2}"
         for n in range(200)
     ]
     path.write_text("\n".join(["text\tlabel", *rows]) + "\n")
@@ -62,14 +71,14 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LABELS = ("--column", "answer=label", "--label", "1=good", "--label", "0=bad")
-QUICK = ("--set", "batch_size=2", "--set", "eval_every=4", "--set", "seq_len=64")
+QUICK = ("--set", "batch_size=2", "--set", "eval_every=20", "--set", "seq_len=64")
 
 
 @pytest.fixture(scope="module")
 def tuned(run: Run, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("tuned") / "run"
     task = ("finetune", "--task", "classification", "--from", run.path, "--data", reviews)
-    steps = ("--set", "max_steps=40", "--set", "optimizer.lr=0.003", "--set", "dropout=0")
+    steps = ("--set", "max_steps=120", "--set", "optimizer.matrix_lr=0.02", "--set", "dropout=0")
     result = run_cli(gptrt_export, *task, "--out", out, *LABELS, *QUICK, *steps)
     assert result.exit_code == 0, result.output
     return open_run(out)
@@ -153,6 +162,16 @@ def test_balanced_weights_give_every_label_the_same_say() -> None:
     some = [Example({"text": "x"}, (a,)) for a in ["good"] * 30 + ["bad"] * 10]
     weights = balanced_weights(TASK, some)
     assert weights[0] * 30 == pytest.approx(weights[1] * 10) == pytest.approx(20)
+
+
+def test_a_calibrated_model_is_as_sure_as_it_is_right() -> None:
+    """Scores ten times too sure, and one label favoured: both are undone."""
+    torch.manual_seed(0)
+    honest = torch.randn(5000, 3)
+    wanted = torch.multinomial(honest.softmax(-1), 1).squeeze(1)
+    temperature, bias = calibrated(10 * honest + torch.tensor([3.0, 0.0, 0.0]), wanted)
+    assert temperature == pytest.approx(10, rel=0.1)
+    assert bias == pytest.approx((-0.2, 0.1, 0.1), abs=0.1)
 
 
 # --- packing ------------------------------------------------------------------------------------
@@ -291,6 +310,11 @@ def test_a_task_is_learnt_and_travels_with_the_weights(tuned: Run, tmp_path: Pat
     assert len(rows) == 20 and {row["answer"] for row in rows} == {"good", "bad"}
     checkpoint = load_checkpoint(tuned.path)
     assert checkpoint.task is not None and checkpoint.task.labels == ("bad", "good")
+    assert len(checkpoint.task.bias) == 2  # calibrated at the end
+    test = [Example({"text": row["text"]}, (row["answer"],)) for row in rows]
+    with open_checkpoint_generator(checkpoint) as generator:
+        accuracy, *_ = evaluate(generator, test)
+    assert accuracy.value == 100
     options = ConvertOptions("none", verify_text=tuned.path / "data" / "train.jsonl")
     convert(tuned.path, tmp_path / "bundle", options)
     assert read_manifest(tmp_path / "bundle").task == checkpoint.task
