@@ -26,7 +26,7 @@ from gptrt.tables import Faults, Row, read_rows
 from gptrt.task import Kind, Task
 
 from .checkpoint import TASK_FILE, load_checkpoint, replace_json, resolve_checkpoint
-from .evaluate import evaluate, spread
+from .evaluate import check, evaluate, spread
 from .examples import ANSWER, VALID_TABLE, Example, ExamplePlan, count_rows
 from .lora import LoraConfig
 from .model import GPT
@@ -104,6 +104,7 @@ def plan_finetuning(
     for name, part in (("train on", train), ("validate by", valid)):
         if not part:
             raise DataError(f"examples to {name}", found="none", do="give more, or other shares")
+    check(task, valid)
     weights = balanced_weights(task, train) if class_weights == "balanced" else ()
     examples = ExamplePlan(task, train, valid, test, list(tables.data), weights)
     config = with_settings(task_training(start.config, lora), dict(settings or {}))

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from gptrt.results import Generation, Timings
     from gptrt.scoring import Perplexity, Score, perplexity
     from gptrt.session import Session
+    from gptrt.task import Task
 
 _HOMES = {
     "gptrt.config": ("GenerationConfig",),
@@ -67,6 +68,7 @@ _HOMES = {
     "gptrt.results": ("Generation", "Timings"),
     "gptrt.scoring": ("Perplexity", "Score", "perplexity"),
     "gptrt.session": ("Session",),
+    "gptrt.task": ("Task",),
     "gptrt.decoder": ("Decoder",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -98,6 +100,7 @@ __all__ = [
     "SessionError",
     "Stream",
     "TargetError",
+    "Task",
     "Timings",
     "TrainingError",
     "__version__",

@@ -1,4 +1,4 @@
-"""The command `gptrt`: generate, bench, perplexity, verify, info, doctor."""
+"""The command `gptrt`: generate, run, bench, perplexity, verify, info, doctor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,6 +132,55 @@ def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 @main.command()
 @_bundle
+@click.option("--input", "source", type=_path, required=True, help="A .jsonl, .csv, .tsv or .txt.")
+@click.option("--output", type=_path, required=True, help="A .jsonl or .csv.")
+@click.option("--field", "fields", multiple=True, metavar="NAME=COLUMN", help="May be repeated.")
+@click.option("--batch-size", type=int, help="Rows at a time.")
+@click.option("--max-new-tokens", type=int, help="Of an answer.")
+@click.option("--limit", type=int, help="Only so many rows, from the first.")
+@click.option("--prefix", help="Before the names of the new columns.")
+@click.option("--force", is_flag=True, help="Begin anew, and replace OUTPUT at the end.")
+@_engine
+@_json
+def run(
+    bundle: Path | None,
+    source: Path,
+    output: Path,
+    fields: tuple[str, ...],
+    force: bool,
+    device: Any,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Ask BUNDLE about every row of a table: its task, or else to go on after the column `prompt`.
+
+    What was ended, by Ctrl-C or kill -9, goes on where it was when the same is asked again.
+
+    Example: gptrt run bundles/reviews --input reviews.csv --output labelled.jsonl --field text=body
+    """
+    from dataclasses import asdict
+
+    from gptrt.run import Job
+    from gptrt.run import run as carry_out
+
+    job = Job(source, output, _columns(fields), **_given(**options))
+    engine, progress = _given(device=device, threads=threads), _Progress()
+    try:
+        report = carry_out(bundle, job, force=force, progress=progress, **engine)
+    except KeyboardInterrupt:
+        progress.stopped()
+        raise
+    finally:
+        progress.clear()
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        click.echo(f"{report.rows:,} rows in {report.output} after {_duration(report.seconds)}")
+
+
+@main.command()
+@_bundle
 @click.option("--prompt-tokens", type=int, help="Length of the prompt.")
 @click.option("--new-tokens", type=int, help="Ids to generate.")
 @_engine
@@ -207,6 +257,54 @@ def doctor(as_json: bool) -> None:
         for f in findings:
             click.echo(f"{f.level:8} {f.what:16} {f.found}")
     sys.exit(any(f.level == "missing" for f in findings))
+
+
+class _Progress:
+    """Rows, on standard error; in one line that changes, where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, int] | None = None
+        self._done = (0, 0)
+        self._shows = sys.stderr.isatty()
+
+    def __call__(self, done: int, rows: int) -> None:
+        now, self._done = time.monotonic(), (done, rows)
+        self._began = self._began or (now, done)
+        new, seconds = done - self._began[1], now - self._began[0]
+        if self._shows:
+            rate = f", {new / seconds:.3g} rows/s" if new else ""
+            left = f", {_duration((rows - done) * seconds / new)} left" if new else ""
+            click.echo(f"\r\x1b[K{done:,} of {rows:,} rows{rate}{left}", nl=False, err=True)
+
+    def clear(self) -> None:
+        if self._shows and self._began:
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+    def stopped(self) -> None:
+        """Say how to go on, where something was begun."""
+        self.clear()
+        if self._began:
+            done, rows = self._done
+            again = "the same command, without --force, goes on from there"
+            click.echo(f"stopped after {done:,} of {rows:,} rows: {again}", err=True)
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _columns(fields: tuple[str, ...]) -> dict[str, str]:
+    """Of NAME=COLUMN each."""
+    pairs = [field.partition("=") for field in fields]
+    wrong = [field for field, (name, _, column) in zip(fields, pairs, strict=True) if not column]
+    if wrong:
+        raise click.UsageError(f"Wanted --field NAME=COLUMN, got {wrong[0]}.")
+    return {name: column for name, _, column in pairs}
 
 
 def _constraint(schema: Path | None, pattern: str | None) -> Any:

@@ -3,42 +3,44 @@ prompt and for many; the loop beneath them is in `decoding`."""
 
 from __future__ import annotations
 
-import importlib.util
 import operator
-import os
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from dataclasses import replace
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptrt.architecture import ForeignModel
+from gptrt.answers import Labelled, choice, classify, likeliest_sentence, question, required
 from gptrt.calls import Call, Calls, Reuse, check_prompt
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
-from gptrt.decoder import Decoder, Logits
+from gptrt.decoder import Logits
 from gptrt.decoding import Continuation, Runner, Slab
-from gptrt.engine import Device, import_onnxruntime
-from gptrt.errors import BundleError, GptrtError, MemoryLimitError, OptionError, PromptError
-from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
+from gptrt.engine import Device
+from gptrt.errors import GptrtError, OptionError, PromptError
 from gptrt.interrupt import Cancellation
 from gptrt.memory import MemoryEstimate, estimate
+from gptrt.opening import (
+    StrPath,
+    as_draft,
+    check_limit,
+    check_same_words,
+    open_parts,
+    without_caches,
+)
+from gptrt.opening import embedded_bundle as embedded_bundle  # for who imports it from here
+from gptrt.opening import open_decoder as open_decoder
 from gptrt.results import Generation
 from gptrt.scoring import Perplexity, Pooling, Score, embed, logits_at, perplexity, score
+from gptrt.task import Task, Text
 from gptrt.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from gptrt.foreign import ForeignDecoder
-
-StrPath = str | os.PathLike[str]
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 Configs = GenerationConfig | Sequence[GenerationConfig]
 T = TypeVar("T")
 
-_EMBEDDED = "tales"
 _BATCH_SIZE = 8
 
 
@@ -106,14 +108,20 @@ class Generator:
         memory_limit: int | None = None,
     ) -> None:
         if memory_limit is not None:
-            memory_limit -= _without_caches(path) + (0 if draft is None else _as_draft(draft))
-            _check_limit(memory_limit)
-        decoder, tokenizer = _open(path, device=device, threads=threads)
-        guesser = None
+            memory_limit -= without_caches(path) + (0 if draft is None else as_draft(draft))
+            check_limit(memory_limit)
+        parts, guesser = open_parts(path, device=device, threads=threads), None
         if draft is not None:
-            guesser, words = _open(draft, device=device, threads=threads)
-            _check_same_words(tokenizer, words, decoder, guesser)
-        self._set_up(decoder, tokenizer, draft=guesser, reuse=reuse, cache_limit=memory_limit)
+            other = open_parts(draft, device=device, threads=threads)
+            check_same_words(parts, other)
+            guesser = other.decoder
+        self._set_up(
+            *(parts.decoder, parts.tokenizer),
+            task=parts.task,
+            draft=guesser,
+            reuse=reuse,
+            cache_limit=memory_limit,
+        )
 
     @classmethod
     def from_parts(
@@ -121,6 +129,7 @@ class Generator:
         decoder: Runner,
         tokenizer: Tokenizer,
         *,
+        task: Task | None = None,
         draft: Runner | None = None,
         reuse: Reuse = "exact",
         cache_limit: int | None = None,
@@ -128,7 +137,9 @@ class Generator:
         """A generator over a decoder and a tokenizer that exist already; `cache_limit` bounds the
         bytes of all caches."""
         self = cls.__new__(cls)
-        self._set_up(decoder, tokenizer, draft=draft, reuse=reuse, cache_limit=cache_limit)
+        self._set_up(
+            decoder, tokenizer, task=task, draft=draft, reuse=reuse, cache_limit=cache_limit
+        )
         return self
 
     @staticmethod
@@ -144,13 +155,16 @@ class Generator:
         decoder: Runner,
         tokenizer: Tokenizer,
         *,
+        task: Task | None = None,
         draft: Runner | None = None,
         reuse: Reuse = "exact",
         cache_limit: int | None = None,
     ) -> None:
+        if task is not None and (faults := task.faults()):
+            raise OptionError("a task without faults", found="; ".join(faults), do="correct it")
         if reuse not in ("exact", "all", "none"):
             raise OptionError('reuse "exact", "all" or "none"', found=repr(reuse), do="choose one")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._task = tokenizer, task
         self._calls: Calls | None = Calls(
             decoder, tokenizer, draft=draft, reuse=reuse, limit=cache_limit
         )
@@ -158,6 +172,11 @@ class Generator:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    @property
+    def task(self) -> Task | None:
+        """What the bundle was fine-tuned for, if for anything."""
+        return self._task
 
     @property
     def calls(self) -> Calls:
@@ -267,6 +286,93 @@ class Generator:
         for _ in calls.pieces(call, rows=_BATCH_SIZE):
             pass
         return [call.result(writer) for writer in call.writers]
+
+    # --- tasks ------------------------------------------------------------------------------------
+
+    def classify(
+        self,
+        text: Text,
+        labels: Sequence[str] | None = None,
+        *,
+        prompt: str | None = None,
+        calibrate: bool = True,
+    ) -> Labelled:
+        """The labels with their probabilities, the most probable first: `classify_batch` of one."""
+        return self.classify_batch([text], labels, prompt=prompt, calibrate=calibrate)[0]
+
+    def classify_batch(
+        self,
+        texts: Sequence[Text],
+        labels: Sequence[str] | None = None,
+        *,
+        prompt: str | None = None,
+        calibrate: bool = True,
+    ) -> list[Labelled]:
+        """For each text the labels with their probabilities, which sum to 1.
+
+        A bundle that was fine-tuned for classification knows its labels and how to ask; `labels`
+        are some of them then, among which the probability is shared out. Any other bundle, and any
+        with a `prompt`, is asked for `labels` of the caller's: "{text}\nThis review is". A text
+        is that of the only field in braces, or a mapping of all; one that is too long loses words
+        at its end.
+
+        The score of a label is the sum of the log-probabilities of its ids after the prompt
+        (`gptrt.task.label_ids` says which); of the scores, calibrated unless `calibrate` is False,
+        the softmax is taken (`gptrt.answers.classify`). Raises OptionError, PromptError.
+        """
+        asked = choice(self._task, labels, prompt)
+        return classify(self.calls, self.encode, asked, texts, calibrate=calibrate)
+
+    def answer(
+        self, text: Text, *, config: GenerationConfig | None = None, **options: Any
+    ) -> Generation:
+        """What a bundle that was fine-tuned for a task answers to a text: `answer_batch` of one."""
+        return self.answer_batch([text], config=_alone(config, options), **options)[0]
+
+    def answer_batch(
+        self,
+        texts: Sequence[Text],
+        *,
+        config: Configs | None = None,
+        batch_size: int = _BATCH_SIZE,
+        **options: Any,
+    ) -> list[Generation]:
+        """`complete_batch` with the prompts of the task, which leave room for `max_new_tokens`, by
+        default the task's; the texts that come back are stripped.
+
+        A text is that of the only field, or a mapping of all; one that is too long loses words at
+        its end. Raises OptionError for a bundle without a task, PromptError.
+        """
+        task = required(self._task)
+        if config is None and options.get("max_new_tokens") is None:
+            options["max_new_tokens"] = task.max_new_tokens
+        prompts = [
+            question(self.calls, self.encode, task, text, each.max_new_tokens)
+            for text, each in zip(texts, _configs(config, options, len(texts)), strict=True)
+        ]
+        results = self.complete_batch(prompts, config=config, batch_size=batch_size, **options)
+        return [replace(result, text=result.text.strip()) for result in results]
+
+    def translate(self, text: Text, **options: Any) -> str:
+        """The translation by a bundle that was fine-tuned for it. Raises OptionError for another,
+        PromptError."""
+        required(self._task, "translation")
+        return self.answer(text, **options).text
+
+    def summarize(self, text: Text, *, extract: bool = False, **options: Any) -> str:
+        """The summary by a bundle that was fine-tuned for it; with `extract` the sentence of the
+        text that is likeliest as its summary, so that nothing is said which the text does not say.
+        Raises OptionError for another bundle, PromptError."""
+        task = required(self._task, "summarization")
+        if not extract:
+            return self.answer(text, **options).text
+        if options:
+            raise OptionError(
+                "no options of generation, for nothing is generated",
+                found=", ".join(options),
+                do="leave them out, or extract=True",
+            )
+        return likeliest_sentence(self.calls, self.encode, task, text)
 
     # --- scoring ----------------------------------------------------------------------------------
 
@@ -512,120 +618,3 @@ async def _in_thread(function: Callable[[], T], stop: Cancellation) -> T:
         stop.cancel()
         await asyncio.wait([task])
         raise
-
-
-# --- opening ------------------------------------------------------------------------------------
-
-
-def _open(
-    path: StrPath | None, *, device: Device, threads: int | None
-) -> tuple[Decoder | ForeignDecoder, Tokenizer]:
-    """What runs the bundle or the foreign decoder at `path`, and its tokenizer."""
-    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
-        from gptrt import foreign  # an import that bundles need not wait for
-
-        if foreign.is_foreign(path):
-            return foreign.open_parts(path, device=device, threads=threads)
-    # Hashing, opening and reading the tokenizer do not need each other.
-    bundle = open_structure(embedded_bundle() if path is None else path)
-    hashing = _Beside(lambda: check_weights(bundle))
-    beside: list[_Beside[Any]] = [hashing]
-    try:
-        import_onnxruntime()
-        opening = _Beside(lambda: open_decoder(bundle, device=device, threads=threads))
-        beside.append(opening)
-        tokenizer = Tokenizer.open(bundle)
-        hashing.result()
-    finally:
-        for thread in beside:  # a process that ends while onnxruntime opens a graph aborts
-            thread.join()
-    return opening.result(), tokenizer
-
-
-def _without_caches(path: StrPath | None) -> int:
-    """What a bundle takes before it continues anything; of a foreign decoder the file alone."""
-    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
-        from gptrt import foreign
-
-        if foreign.is_foreign(path):
-            return foreign.open_foreign(path).graph.stat().st_size
-    needs = Generator.estimate(path)
-    return needs.total - needs.cache
-
-
-def _as_draft(path: StrPath) -> int:
-    """What a draft takes beside the bundle that it guesses for, its cache included."""
-    needs = Generator.estimate(path)
-    return needs.total - needs.runtime
-
-
-def _check_limit(left: int) -> None:
-    if left <= 0:
-        raise MemoryLimitError(
-            "memory_limit to leave room beside weights and libraries",
-            found=f"{-left:,} bytes too few",
-            do="raise it, or use a smaller bundle",
-        )
-
-
-class _Beside(threading.Thread, Generic[T]):
-    """A function in a thread of its own, from now on."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__(daemon=True)
-        self._function = function
-        self._error: BaseException | None = None
-        self._value: list[T] = []
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value.append(self._function())
-        except BaseException as e:
-            self._error = e
-
-    def result(self) -> T:
-        """What it gives or raises, once it does."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._value.pop()
-
-
-def open_decoder(
-    bundle: Bundle, *, device: Device = "auto", threads: int | None = None
-) -> Decoder | ForeignDecoder:
-    """The decoder that runs a bundle: ours, or where another library built the graph, one for any
-    decoder. Raises what `Decoder` does."""
-    if isinstance(bundle.manifest.model, ForeignModel):
-        from gptrt import foreign
-
-        return foreign.ForeignDecoder(foreign.folder_of(bundle), device=device, threads=threads)
-    return Decoder(bundle, device=device, threads=threads)
-
-
-def _check_same_words(ours: Tokenizer, theirs: Tokenizer, decoder: Runner, draft: Runner) -> None:
-    """Raises OptionError for a draft whose ids mean something else."""
-    sizes = (decoder.vocab_size, draft.vocab_size)
-    if sizes[0] != sizes[1] or ours.words() != theirs.words():
-        raise OptionError(
-            f"a draft with the vocabulary of the bundle, {sizes[0]} entries",
-            found=f"{sizes[1]} entries" if sizes[0] != sizes[1] else "other entries",
-            do="use a draft that was trained with the same tokenizer",
-        )
-
-
-def embedded_bundle() -> Path:
-    """Where the default bundle is: in the installed data package, or in the source tree.
-
-    Raises BundleError if it is in neither.
-    """
-    spec = importlib.util.find_spec("gptrt_models")
-    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    roots.append(Path(__file__).parents[1] / "models")
-    for folder in (root / _EMBEDDED for root in roots):
-        if (folder / MANIFEST_FILE).is_file():
-            return folder
-    raise BundleError(
-        "the embedded default bundle", found="none installed", do="give the folder of a bundle"
-    )

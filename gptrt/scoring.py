@@ -143,6 +143,32 @@ def score(reading: Reading, row: Row, prompt: Sequence[int], continuation: Seque
     return Score(tuple(continuation), tuple(found))
 
 
+def score_choices(
+    reading: Reading, row: Row, prompt: Sequence[int], choices: Sequence[Sequence[int]]
+) -> list[float]:
+    """How likely each of `choices`, one id or more, is after `prompt`: the sum of log probabilities
+    of its ids, in nats. What several begin with is read once; choices of one id cost no pass but
+    the prompt's."""
+    following: dict[tuple[int, ...], set[int]] = {}
+    for choice in choices:
+        for n, token in enumerate(choice):
+            following.setdefault(tuple(choice[:n]), set()).add(token)
+    known: dict[tuple[int, ...], float] = {(): 0.0}
+    for choice in sorted(map(tuple, choices)):
+        unknown = [n for n in range(len(choice)) if choice[: n + 1] not in known]
+        if not unknown:
+            continue
+        first = len(prompt) - 1 + unknown[0]
+        for begin, logits in reading.over(row, [*prompt, *choice[:-1]], first):
+            for n, position in enumerate(logits[0], begin - len(prompt) + 1):
+                before = choice[:n]
+                tokens = sorted(following[before])
+                values = log_probabilities(position, tokens).tolist()
+                for token, value in zip(tokens, values, strict=True):
+                    known[*before, token] = known[before] + value
+    return [known[tuple(choice)] for choice in choices]
+
+
 def logits_at(reading: Reading, row: Row, ids: Sequence[int], positions: Sequence[int]) -> Logits:
     """The logits after each of `positions` of a text, float32 [len(positions), vocab]."""
     result = np.empty((len(positions), reading.decoder.vocab_size), np.float32)

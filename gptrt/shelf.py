@@ -72,6 +72,11 @@ class Shelf:
                 self._kept.append(slab)
                 del self._kept[:-_KEPT]
 
+    def forget(self) -> None:
+        """Keep nothing: the next call begins as the first one did."""
+        with self._lock:
+            self._kept.clear()
+
     def drop(self, slab: Slab) -> None:
         """It is not needed any more, nor is what it holds."""
         with self._lock:

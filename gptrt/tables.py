@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,19 +115,31 @@ def check_rows(
     *,
     wrong: Callable[[Row], str | None] | None = None,
 ) -> int:
-    """Read all of a table, and count its rows. `wrong` says what else a row has wrong, if anything.
+    """Read all of a table, and count its rows: `checked_rows` for who needs no more."""
+    return sum(1 for _ in checked_rows(path, fields, wrong=wrong))
 
-    Raises DataError that lists every fault, or for a table without a row.
+
+def checked_rows(
+    path: str | os.PathLike[str],
+    fields: Mapping[str, str] | None = None,
+    *,
+    wrong: Callable[[Row], str | None] | None = None,
+    limit: int | None = None,
+) -> Iterator[Row]:
+    """The rows of a table, or the first `limit` of them, that have no fault; then, at the end,
+    DataError with all faults, or for a table without a row.
+
+    `wrong` says what else a row has wrong, if anything.
     """
-    faults, count = Faults(path), 0
-    for row in read_rows(path, fields, faults=faults):
-        count += 1
+    faults, row = Faults(path), None
+    for row in islice(read_rows(path, fields, faults=faults), limit):
         if wrong is not None and (found := wrong(row)):
             faults.add(row.line, found)
+        else:
+            yield row
     faults.check()
-    if not count:
+    if row is None:
         raise DataError(f"a row or more in {path}", found="none", do="check the file")
-    return count
 
 
 def no_texts(row: Row) -> str | None:

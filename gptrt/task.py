@@ -6,9 +6,10 @@ model meets in an application what it was taught on. Standard library only.
 
 from __future__ import annotations
 
+import math
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gptrt.errors import PromptError
@@ -16,6 +17,7 @@ from gptrt.schema import bounded
 
 Kind = Literal["lm", "classification", "translation", "summarization"]
 Encode = Callable[[str], list[int]]
+Text = str | Mapping[str, str]  # of a prompt's only field, or of each by its name
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,9 @@ class Task:
     """What a model was fine-tuned for.
 
     `prompt` is the text before an answer, with fields in braces: "Review: {text}\\nVerdict:". An
-    answer follows after a space and ends with the end of text; of a classification it is one of
-    `labels`, and the log-probability of each is divided by `temperature` and has its `bias` added
-    before they become probabilities (https://arxiv.org/abs/1706.04599). Answers have at most
-    `max_new_tokens` ids.
+    answer follows after a space and ends with the end of text. Answers have at most
+    `max_new_tokens` ids. Of a classification the answer is one of `labels`; `probabilities` says
+    what `temperature` and `bias` are for.
     """
 
     kind: Kind
@@ -57,6 +58,41 @@ class Task:
         if self.bias and len(self.bias) != len(self.labels):
             found.append("bias has not a number for each label")
         return found
+
+    def named(self, text: Text) -> dict[str, str]:
+        """The fields of a prompt: `text` is the only one, or names them all. Raises PromptError."""
+        if isinstance(text, str):
+            if len(self.fields) != 1:
+                raise PromptError(
+                    f"the fields {', '.join(self.fields)}, each by its name",
+                    found="one text",
+                    do="give a mapping",
+                )
+            return {self.fields[0]: text}
+        if not isinstance(text, Mapping) or not all(isinstance(v, str) for v in text.values()):
+            raise PromptError(
+                "a text, or a mapping of texts", found=repr(text)[:60], do="convert it first"
+            )
+        return dict(text)
+
+    def probabilities(self, scores: Sequence[float]) -> list[float]:
+        """Of the labels, from their scores: softmax(score / temperature + bias), in their order.
+
+        A score is the sum of log-probabilities, in nats, of the ids that `label_ids` gives. That is
+        bias-corrected temperature scaling: https://arxiv.org/abs/1901.06852, 2.2.
+        """
+        bias = self.bias or (0.0,) * len(scores)
+        logits = [s / self.temperature + b for s, b in zip(scores, bias, strict=True)]
+        top = max(logits)
+        weights = [math.exp(logit - top) for logit in logits]
+        total = math.fsum(weights)
+        return [weight / total for weight in weights]
+
+    def narrowed(self, labels: Sequence[str]) -> Task:
+        """The same with some of its labels."""
+        bias = dict(zip(self.labels, self.bias, strict=False))
+        kept = tuple(bias[label] for label in labels if label in bias)
+        return replace(self, labels=tuple(labels), bias=kept)
 
     def write(self, fields: Mapping[str, str]) -> str:
         """The prompt around `fields`. Raises PromptError if one is missing or unknown."""
@@ -94,6 +130,19 @@ class Task:
 def answer_text(answer: str) -> str:
     """An answer as it follows a prompt."""
     return f" {answer.strip()}"
+
+
+def label_ids(labels: Sequence[str], encode: Encode, end: int | None) -> list[list[int]]:
+    """The ids by whose log-probabilities labels are told apart: those of each as an answer.
+
+    `encode` is that of a part of a text, `end` the id that ends one. The end that follows a label
+    in training does not count: after a whole label a fine-tuned model is all but certain of it, and
+    without it labels of one id need no pass but the prompt's. Only where one label begins another,
+    id by id, the end alone tells them apart: then it counts, for all of them.
+    """
+    found = [encode(answer_text(label)) for label in labels]
+    begins = any(a is not b and a == b[: len(a)] for a in found for b in found if len(a) <= len(b))
+    return [[*ids, end] for ids in found] if begins and end is not None else found
 
 
 def _parts(template: str) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from gptrt.decoder import (
 )
 from gptrt.generator import Generator, Prompt
 from gptrt.interrupt import Interrupt
+from gptrt.task import Task
 from gptrt.tokenizer import Tokenizer, byte_values
 
 if TYPE_CHECKING:
@@ -41,15 +42,20 @@ class FakeGenerator(Generator):
     """Continues a prompt with the answer that `answers` has for it, a mapping or a function, then
     ends; a prompt that it does not know with nothing. Tokens are bytes.
 
-    Of several prompts in a mapping that begin a text the longest counts.
+    Of several prompts in a mapping that begin a text the longest counts. With a `task` it is as if
+    it had been fine-tuned for that.
     """
 
     def __init__(
-        self, answers: Mapping[str, str] | Callable[[str], str], *, context: int = 1 << 16
+        self,
+        answers: Mapping[str, str] | Callable[[str], str],
+        *,
+        context: int = 1 << 16,
+        task: Task | None = None,
     ) -> None:
         self._answer = answers if callable(answers) else _looked_up(answers)
         self._known: list[list[int]] = []  # prompts with their answers
-        self._set_up(FakeDecoder(self._predict, context=context), byte_tokenizer())
+        self._set_up(FakeDecoder(self._predict, context=context), byte_tokenizer(), task=task)
 
     def encode(self, prompt: Prompt, *, whole: bool = True) -> list[int]:
         ids = super().encode(prompt, whole=whole)

@@ -63,8 +63,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two labels that a word decides."""
     path = tmp_path_factory.mktemp("tables") / "reviews.tsv"
     rows = [
-        f"{WORDS[n % 5]} bird {n} is {'great' if n % 2 else 'poor'}\t{n % 2}"
-        for n in range(200)
+        f"{WORDS[n % 5]} bird {n} is {'great' if n % 2 else 'poor'}\t{n % 2}" for n in range(200)
     ]
     path.write_text("\n".join(["text\tlabel", *rows]) + "\n")
     return path

@@ -1,0 +1,220 @@
+"""Fine-tuning for real tasks, from a table to int8 and int4 bundles, beside a baseline.
+
+    python -m benchmarks.tasks sentiment  RT_POLARITY.tsv --out results
+    python -m benchmarks.tasks summaries  SCITLDR         --out results
+    python -m benchmarks.tasks translation EN_XX.tsv      --out results
+
+Every step is a command that a user would type, and is printed. A run that exists already is taken
+up where it is, so the whole can be interrupted. The baselines are those that people reach for
+first: words counted and weighed (TF-IDF) under a logistic regression, the first sentence of a text,
+and the translation of the sentence that is most alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptrt_export import metrics
+from gptrt_export.metrics import Scored
+
+_ROOT = Path(__file__).parents[1]
+_DEFAULT = _ROOT / "models" / "tales"
+_QUANTIZED = ("int8", "int4")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained: options of `finetune`, and of `convert` for each bundle."""
+
+    name: str
+    options: tuple[str, ...]
+    start: Path = _DEFAULT
+
+
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("task", choices=("sentiment", "summaries", "translation"))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--max-time", type=float, help="Seconds of training, for each model.")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    {"sentiment": sentiment, "summaries": summaries, "translation": translation}[args.task](args)
+
+
+# --- sentiment ----------------------------------------------------------------------------------
+
+_SENTIMENT = (
+    *("--task", "classification", "--prompt", "Review: {text}\nSentiment:"),
+    *("--column", "answer=label", "--label", "1=good", "--label", "0=bad"),
+    *("--set", "prompt_share=0.5", "--epochs", "4"),
+)
+
+
+def sentiment(args: argparse.Namespace) -> None:
+    """All parameters, and an adapter, beside a logistic regression on the same split."""
+    full = Recipe("full", _SENTIMENT)
+    lora = Recipe("lora", (*_SENTIMENT, "--lora-rank", "8", "--set", "prompt_share=0"))
+    for recipe in (full, lora):
+        run = finetune(recipe, [args.data], args)
+        compare(recipe.name, [run, *bundles(run)], run, args.out)
+    train, test = (
+        table(args.out / "full" / "data" / f"{name}.jsonl") for name in ("train", "test")
+    )
+    train += table(args.out / "full" / "data" / "valid.jsonl")
+    wanted = [row["answer"] for row in test]
+    for name, found in logistic_regressions(train, test).items():
+        show(
+            f"baseline: {name}", [metrics.accuracy(found, wanted), metrics.macro_f1(found, wanted)]
+        )
+
+
+def logistic_regressions(train: Rows, test: Rows) -> dict[str, list[str]]:
+    """What scikit-learn's defaults answer, with words and with pairs of them too."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    found = {}
+    for name, longest in (("words", 1), ("words and pairs", 2)):
+        model = make_pipeline(
+            TfidfVectorizer(ngram_range=(1, longest)), LogisticRegression(max_iter=1000)
+        )
+        model.fit([row["text"] for row in train], [row["answer"] for row in train])
+        found[f"TF-IDF of {name}, logistic regression"] = list(
+            model.predict([row["text"] for row in test])
+        )
+    return found
+
+
+# --- summaries ----------------------------------------------------------------------------------
+
+
+def summaries(args: argparse.Namespace) -> None:
+    """Written, and chosen among the sentences of the text, beside its first sentence."""
+    recipe = Recipe(
+        "summaries",
+        (
+            *("--task", "summarization", "--column", "text=source", "--column", "answer=target"),
+            *("--test", str(args.data / "dev.jsonl"), "--epochs", "3"),
+        ),
+    )
+    run = finetune(recipe, [args.data / "train.jsonl"], args)
+    models = [run, *bundles(run)]
+    compare("summaries, written", models, run, args.out)
+    compare("summaries, extracted", models, run, args.out, "--extract")
+    dev = [json.loads(line) for line in (args.data / "dev.jsonl").read_text().splitlines()]
+    first, references = [row["source"][0] for row in dev], [row["target"] for row in dev]
+    show("baseline: the first sentence", metrics.rouge(first, references))
+
+
+# --- translation --------------------------------------------------------------------------------
+
+
+def translation(args: argparse.Namespace) -> None:
+    """A model of its own, whose tokenizer knows both languages, beside the nearest neighbour."""
+    text = args.out / "pairs.txt"
+    pairs = [line.split("\t")[:2] for line in args.data.read_text("utf-8").splitlines()]
+    text.write_text("\n".join(f"{a}\n{b}" for a, b in pairs), encoding="utf-8")
+    base = args.out / "base"
+    if not (base / "checkpoints.json").is_file():
+        new = ("--preset", "translation", "--data", str(text), "--out", str(base))
+        call("train", *new, "--max-steps", "0")
+    recipe = Recipe(
+        "translation",
+        (
+            *("--task", "translation", "--column", "text=1", "--column", "answer=2"),
+            *("--set", "optimizer.lr=0.003", "--set", "optimizer.matrix_lr=0.02"),
+            *("--set", "dropout=0.2", "--epochs", "30", "--set", "batch_size=8"),
+        ),
+        start=base,
+    )
+    run = finetune(recipe, [args.data], args)
+    compare("translation", [run, *bundles(run)], run, args.out)
+    train, test = (table(run / "data" / f"{name}.jsonl") for name in ("train", "test"))
+    found = nearest_translations(train, test)
+    references = [as_list(row["answer"]) for row in test]
+    scores = [metrics.bleu(found, references), metrics.chrf(found, references)]
+    show("baseline: the translation of the nearest sentence", scores)
+
+
+def nearest_translations(train: Rows, test: Rows) -> list[str]:
+    """By the cosine of TF-IDF vectors of words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+
+    vectorizer = TfidfVectorizer(token_pattern=r"\S+")
+    known = vectorizer.fit_transform([row["text"] for row in train])
+    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(known)
+    found = nearest.kneighbors(
+        vectorizer.transform([row["text"] for row in test]), return_distance=False
+    )
+    return [as_list(train[int(n)]["answer"])[0] for n in found[:, 0]]
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+def finetune(recipe: Recipe, data: Sequence[Path], args: argparse.Namespace) -> Path:
+    run: Path = args.out / recipe.name
+    if (run / "checkpoints.json").is_file():
+        return run
+    limit = () if args.max_time is None else ("--max-time", str(args.max_time))
+    tables = [word for path in data for word in ("--data", str(path))]
+    call(
+        *("finetune", "--from", str(recipe.start), *tables, *recipe.options),
+        *("--out", str(run), *limit),
+    )
+    return run
+
+
+def bundles(run: Path) -> list[Path]:
+    """The quantized bundles of a run, measured on what it has held out."""
+    found = []
+    for mode in _QUANTIZED:
+        out = run.with_name(f"{run.name}-{mode}")
+        found.append(out)
+        if not out.exists():
+            call("convert", str(run), "--out", str(out), "--quantize", mode)
+    return found
+
+
+def compare(title: str, models: Sequence[Path], run: Path, out: Path, *options: str) -> None:
+    target = out / f"{title.replace(', ', '-')}.md"
+    test = run / "data" / "test.jsonl"
+    call("evaluate", *map(str, models), "--data", str(test), "--out", str(target), *options)
+    print(f"\n## {title}\n\n{target.read_text()}", flush=True)
+
+
+def call(*arguments: str) -> None:
+    print(f"$ gptrt-export {shlex.join(arguments)}", flush=True)
+    program = [sys.executable, "-c", "from gptrt_export.cli import main; main()"]
+    subprocess.run([*program, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def show(name: str, scores: Sequence[Scored]) -> None:
+    each = ", ".join(f"{s.name} {s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in scores)
+    print(f"{name}: {each}", flush=True)
+
+
+def table(path: Path) -> Rows:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def as_list(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+if __name__ == "__main__":
+    main()

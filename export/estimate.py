@@ -1,0 +1,304 @@
+"""Before a training: how much data, how long, how much memory.
+
+Data by published laws, time and memory by measurement: a process of its own prepares a temporary
+run as `train` would, and takes a few steps of it.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import tokenizers
+import torch
+
+from gptrt.architecture import ModelConfig
+from gptrt.errors import OptionError, TrainingError
+
+from .checkpoint import Checkpoint, run_pointer
+from .data import open_ids, save_ids
+from .model import GPT
+from .needs import Data, Estimate, Speed
+from .progress import ProgressBar
+from .runs import Run, RunPlan, create_run, tokens_per_step
+from .scaling import LAW, RULE_OF_THUMB, cheapest_to_serve, effective_tokens
+from .start import plan_run
+from .train import Trainer
+
+T = TypeVar("T")
+
+_STATES = 3  # of every parameter at least: its value, its gradient, a moment
+_PLACEHOLDER = 64  # ids of a text that stands in until random ids take its place
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be estimated: a training as `train` would be asked for it, and a few steps to
+    measure (0: none).
+
+    `inference_tokens` are those that the model will read and write in its life. Without `texts` the
+    steps take random ids.
+    """
+
+    preset: str | None = None
+    checkpoint: Path | None = None
+    texts: tuple[Path, ...] = ()
+    device: str = "auto"
+    settings: dict[str, str] = field(default_factory=dict)
+    target_tokens: int | None = None
+    inference_tokens: int | None = None
+    steps: int = 6
+    quiet: bool = False
+
+
+def estimate(request: Request) -> Estimate:
+    """Raises what `plan_run` does, OptionError for more memory than there is, TrainingError."""
+    with tempfile.TemporaryDirectory(prefix="gptrt-estimate-") as folder:
+        plan = _plan(request, Path(folder))  # raises for what is wrong with it, before any work
+        model = plan.start.config if isinstance(plan.start, Checkpoint) else plan.start
+        if not request.steps:
+            if not request.texts:
+                return _estimate(request, plan, model, None, None)
+            return _measured(request, Path(folder))
+        _check_memory(count_parameters(model)[0], request)
+        del plan  # and its weights: the child has its own
+        return in_child(_measured, request, Path(folder))
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """All of them, a tied matrix once; and without those of vocabulary and positions."""
+    with torch.device("meta"):
+        counts = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    total = sum(counts.values())
+    around = ("wte.weight", "wpe.weight", "lm_head.weight")
+    return total, total - sum(counts.get(name, 0) for name in around)
+
+
+def in_child(function: Callable[..., T], *arguments: object) -> T:
+    """What a function gives or raises in a new process, whose memory is its own.
+
+    Raises TrainingError if the process ends without a word.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        try:
+            return executor.submit(function, *arguments).result()
+        except BrokenProcessPool as e:
+            raise TrainingError(
+                "a few steps of training",
+                found="a process that was killed, as happens where memory ends",
+                do="take a smaller shape, or --set batch_size lower and grad_accum higher",
+            ) from e
+
+
+# --- what is planned ----------------------------------------------------------------------------
+
+
+def _plan(request: Request, folder: Path) -> RunPlan:
+    """The training that is asked for; without texts, one of a text that only stands in."""
+    stand_in = folder / "stand-in.txt"
+    stand_in.touch()
+    texts = list(request.texts) or [stand_in]
+    plan = plan_run(
+        *(request.preset, request.checkpoint, texts, [], request.device, request.settings)
+    )
+    if request.texts:
+        return plan
+    if isinstance(plan.start, Checkpoint):
+        tokenizer, vocab_size = plan.start.tokenizer, plan.start.config.vocab_size
+    else:
+        tokenizer, vocab_size = None, plan.start.vocab_size
+    if tokenizer is None:
+        tokenizer = _number_tokenizer(vocab_size)
+        plan = replace(plan, tokenizer=tokenizer)
+    stand_in.write_text(tokenizer.decode(list(range(min(vocab_size, _PLACEHOLDER)))) * 40)
+    return plan
+
+
+def _number_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
+    """One with so many entries, where there is no text to learn one from."""
+    numbers = tokenizers.models.WordLevel({str(n): n for n in range(vocab_size)}, unk_token="0")
+    tokenizer = tokenizers.Tokenizer(numbers)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def _check_memory(parameters: int, request: Request) -> None:
+    """A system that runs out of memory may end other programs than this one."""
+    needed, there = 4 * _STATES * parameters, _physical_memory()
+    on_gpu = request.device != "cpu" and torch.cuda.is_available()
+    if there is not None and needed > there and not on_gpu:
+        raise OptionError(
+            f"{needed / 1e9:.1f} GB of memory at least, for {parameters:,} parameters with their "
+            "gradients and moments",
+            found=f"{there / 1e9:.1f} GB in this machine",
+            do="take a smaller shape, or --steps 0 for the data alone",
+        )
+
+
+def _physical_memory() -> int | None:
+    """In bytes; None where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- what is measured, in the child if steps are ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of a few steps; times in seconds."""
+
+    steps: int
+    step_s: float
+    evaluation_s: float
+    peak_bytes: int
+    device_peak_bytes: int | None
+    checkpoint_bytes: int
+
+
+def _measured(request: Request, folder: Path) -> Estimate:
+    plan = _plan(request, folder)
+    with ProgressBar("measuring", quiet=request.quiet) as bar:
+        run = create_run(folder / "run", plan, bar.update)
+        if request.texts:
+            counts = len(open_ids(run.train_ids)), len(open_ids(run.valid_ids))
+        else:
+            counts = None
+            _fill_with_random_ids(run, request.steps)
+        measured = _take_steps(run, request.steps, counts, bar) if request.steps else None
+    return _estimate(request, plan, run.config.model, counts, measured)
+
+
+def _fill_with_random_ids(run: Run, steps: int) -> None:
+    train = run.config.train
+    windows = train.batch_size * max(2, train.grad_accum) * (steps + 1) + 2
+    ids = np.random.default_rng(train.seed).integers(
+        run.config.model.vocab_size, size=train.seq_len * windows
+    )
+    for path in (run.train_ids, run.valid_ids):
+        save_ids(ids, path)
+
+
+def _take_steps(
+    run: Run, steps: int, counts: tuple[int, int] | None, bar: ProgressBar
+) -> _Measured:
+    """A step that warms up, then those that count; a batch of an evaluation; a checkpoint."""
+    train = run.config.train
+    batch = train.seq_len * train.batch_size
+    one_batch = replace(train, eval_tokens=1)
+    trainer = Trainer(replace(run, config=replace(run.config, train=one_batch)))
+    seconds = []
+    for step in range(steps + 1):
+        seconds.append(trainer.step()[1])
+        bar.update((step + 1) / (steps + 1), f"step {step} of {steps}")
+    before = trainer.state.elapsed_s
+    loss = trainer.evaluate()
+    evaluated = min(train.eval_tokens, counts[1] if counts else train.eval_tokens)
+    evaluation = (trainer.state.elapsed_s - before) * max(1.0, evaluated / batch)
+    trainer.save(loss, best=True)
+    files = (run.path / run_pointer(run.path)["last"]).iterdir()
+    on_gpu = trainer.device.type == "cuda"
+    return _Measured(
+        steps,
+        statistics.median(seconds[1:]),
+        evaluation,
+        _peak_bytes(),
+        torch.cuda.max_memory_reserved() if on_gpu else None,
+        sum(file.stat().st_size for file in files),
+    )
+
+
+def _peak_bytes() -> int:
+    """The highest resident memory of this process.
+
+    What Linux gives through getrusage begins with that of the process which started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next(1024 * int(words[1]) for words in lines if words[0] == "VmHWM:")
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- what follows from it -----------------------------------------------------------------------
+
+
+def _estimate(
+    request: Request,
+    plan: RunPlan,
+    model: ModelConfig,
+    counts: tuple[int, int] | None,
+    measured: _Measured | None,
+) -> Estimate:
+    train, (parameters, inner) = plan.train, count_parameters(model)
+    step_tokens = tokens_per_step(train)
+    step_s = 0.0  # its share of evaluations included
+    if measured is not None:
+        step_s = measured.step_s + measured.evaluation_s / train.eval_every
+    planned_steps = train.max_steps
+    if train.max_time is not None and step_s:
+        planned_steps = min(planned_steps, math.ceil(train.max_time / step_s))
+    planned, optimal = planned_steps * step_tokens, LAW.optimal_tokens(parameters)
+    fine_tuning = request.checkpoint is not None
+    target = float(request.target_tokens or (planned if fine_tuning else optimal))
+    demand = request.inference_tokens
+    return Estimate(
+        parameters=parameters,
+        parameters_without_embedding=inner,
+        fine_tuning=fine_tuning,
+        optimal_tokens=optimal,
+        rule_of_thumb_tokens=RULE_OF_THUMB * parameters,
+        planned_steps=planned_steps,
+        planned_tokens=planned,
+        target_tokens=target,
+        serving=None if demand is None else cheapest_to_serve(parameters, demand),
+        data=None if counts is None else _data(counts, planned, target),
+        speed=None if measured is None else _speed(plan, measured, planned_steps, target, step_s),
+    )
+
+
+def _data(counts: tuple[int, int], planned: float, target: float) -> Data:
+    unique, valid = counts
+    return Data(
+        train_tokens=unique,
+        valid_tokens=valid,
+        planned_epochs=planned / unique,
+        planned_worth=effective_tokens(unique, planned),
+        target_epochs=target / unique,
+        target_worth=effective_tokens(unique, target),
+    )
+
+
+def _speed(
+    plan: RunPlan, measured: _Measured, planned_steps: int, target: float, step_s: float
+) -> Speed:
+    step_tokens = tokens_per_step(plan.train)
+    return Speed(
+        device=plan.device,
+        steps=measured.steps,
+        step_tokens=step_tokens,
+        step_s=measured.step_s,
+        tokens_s=step_tokens / measured.step_s,
+        evaluation_s=measured.evaluation_s,
+        planned_s=planned_steps * step_s,
+        target_s=target / step_tokens * step_s,
+        peak_bytes=measured.peak_bytes,
+        device_peak_bytes=measured.device_peak_bytes,
+        checkpoint_bytes=measured.checkpoint_bytes,
+    )

@@ -1,0 +1,149 @@
+"""From a path to what a generator runs: a bundle or a foreign decoder, checked and opened."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from gptrt.architecture import ForeignModel
+from gptrt.decoder import Decoder
+from gptrt.engine import Device, import_onnxruntime
+from gptrt.errors import BundleError, MemoryLimitError, OptionError
+from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
+from gptrt.memory import estimate
+from gptrt.task import Task
+from gptrt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptrt.foreign import ForeignDecoder
+
+StrPath = str | os.PathLike[str]
+T = TypeVar("T")
+
+_EMBEDDED = "tales"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What runs a model, how it reads and writes text, and what it was fine-tuned for."""
+
+    decoder: Decoder | ForeignDecoder
+    tokenizer: Tokenizer
+    task: Task | None = None
+
+
+def open_parts(path: StrPath | None, *, device: Device, threads: int | None) -> Parts:
+    """Of the bundle or the foreign decoder at `path`; of the embedded bundle, if it is None."""
+    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
+        from gptrt import foreign  # an import that bundles need not wait for
+
+        if foreign.is_foreign(path):
+            return Parts(*foreign.open_parts(path, device=device, threads=threads))
+    # Hashing, opening and reading the tokenizer do not need each other.
+    bundle = open_structure(embedded_bundle() if path is None else path)
+    hashing = _Beside(lambda: check_weights(bundle))
+    beside: list[_Beside[Any]] = [hashing]
+    try:
+        import_onnxruntime()
+        opening = _Beside(lambda: open_decoder(bundle, device=device, threads=threads))
+        beside.append(opening)
+        tokenizer = Tokenizer.open(bundle)
+        hashing.result()
+    finally:
+        for thread in beside:  # a process that ends while onnxruntime opens a graph aborts
+            thread.join()
+    return Parts(opening.result(), tokenizer, bundle.manifest.task)
+
+
+def without_caches(path: StrPath | None) -> int:
+    """What a bundle takes before it continues anything; of a foreign decoder the file alone."""
+    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
+        from gptrt import foreign
+
+        if foreign.is_foreign(path):
+            return foreign.open_foreign(path).graph.stat().st_size
+    needs = estimate(embedded_bundle() if path is None else path)
+    return needs.total - needs.cache
+
+
+def as_draft(path: StrPath) -> int:
+    """What a draft takes beside the bundle that it guesses for, its cache included."""
+    needs = estimate(path)
+    return needs.total - needs.runtime
+
+
+def check_limit(left: int) -> None:
+    if left <= 0:
+        raise MemoryLimitError(
+            "memory_limit to leave room beside weights and libraries",
+            found=f"{-left:,} bytes too few",
+            do="raise it, or use a smaller bundle",
+        )
+
+
+class _Beside(threading.Thread, Generic[T]):
+    """A function in a thread of its own, from now on."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._error: BaseException | None = None
+        self._value: list[T] = []
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value.append(self._function())
+        except BaseException as e:
+            self._error = e
+
+    def result(self) -> T:
+        """What it gives or raises, once it does."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._value.pop()
+
+
+def open_decoder(
+    bundle: Bundle, *, device: Device = "auto", threads: int | None = None
+) -> Decoder | ForeignDecoder:
+    """The decoder that runs a bundle: ours, or where another library built the graph, one for any
+    decoder. Raises what `Decoder` does."""
+    if isinstance(bundle.manifest.model, ForeignModel):
+        from gptrt import foreign
+
+        return foreign.ForeignDecoder(foreign.folder_of(bundle), device=device, threads=threads)
+    return Decoder(bundle, device=device, threads=threads)
+
+
+def check_same_words(ours: Parts, draft: Parts) -> None:
+    """Raises OptionError for a draft whose ids mean something else."""
+    sizes = (ours.decoder.vocab_size, draft.decoder.vocab_size)
+    if sizes[0] != sizes[1] or ours.tokenizer.words() != draft.tokenizer.words():
+        raise OptionError(
+            f"a draft with the vocabulary of the bundle, {sizes[0]} entries",
+            found=f"{sizes[1]} entries" if sizes[0] != sizes[1] else "other entries",
+            do="use a draft that was trained with the same tokenizer",
+        )
+
+
+def embedded_bundle() -> Path:
+    """Where the default bundle is: in the installed data package, or in the source tree.
+
+    Raises BundleError if it is in neither.
+    """
+    spec = importlib.util.find_spec("gptrt_models")
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    roots.append(Path(__file__).parents[1] / "models")
+    for folder in (root / _EMBEDDED for root in roots):
+        if (folder / MANIFEST_FILE).is_file():
+            return folder
+    raise BundleError(
+        "the embedded default bundle", found="none installed", do="give the folder of a bundle"
+    )

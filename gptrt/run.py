@@ -1,0 +1,482 @@
+"""A model over a table of any size, of which no more than a batch is in memory.
+
+Beside an output stands, until it is whole, `OUTPUT.partial` and what that is made of, in
+`OUTPUT.partial.json`. Every batch is on the disk before it counts as done, and begins as if it were
+the first. So a run that was ended at any moment goes on after its last whole batch, and gives the
+same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from gptrt import __version__
+from gptrt.answers import question
+from gptrt.config import GenerationConfig
+from gptrt.engine import Device
+from gptrt.errors import DataError, OptionError, PromptError, TargetError
+from gptrt.format import MANIFEST_FILE, describe_file, read_manifest
+from gptrt.generator import Generator, embedded_bundle
+from gptrt.schema import bounded, decode, read_json
+from gptrt.tables import TEXT, Row, checked_rows, no_texts, read_rows
+from gptrt.task import Task
+
+SUFFIXES = (".jsonl", ".csv")  # of outputs
+PROMPT = "prompt"  # the field of a bundle without a task
+
+Progress = Callable[[int, int], None]  # rows that are done, of how many
+Ask = Callable[[Sequence[Row]], list[dict[str, Any]]]  # the columns to add to some rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """Every row of `input`, or the first `limit`, goes to the model, and to `output` with what the
+    model made of it.
+
+    `fields` names the columns that the prompt's fields stand in, each by default one of its own
+    name. The names of new columns begin with `prefix`.
+    """
+
+    input: Path
+    output: Path
+    fields: Mapping[str, str] = field(default_factory=dict)
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    limit: int | None = None
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that was found possible: `columns` are all that its `rows` rows have."""
+
+    job: Job
+    task: Task | None
+    fields: dict[str, str]
+    columns: tuple[str, ...]
+    rows: int
+
+    def read(self) -> Iterator[Row]:
+        return islice(read_rows(self.job.input, self.fields), self.rows)
+
+
+@dataclass(frozen=True)
+class Report:
+    """`rows_before` of the `rows` had been done by an earlier run that was ended."""
+
+    output: str
+    rows: int
+    rows_before: int
+    seconds: float
+
+
+def run(
+    bundle: str | os.PathLike[str] | None,
+    job: Job,
+    *,
+    force: bool = False,
+    device: Device = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Carry out a job, or go on with it where an earlier run was ended.
+
+    An output that exists, or was begun with anything else, is refused; with `force` it is begun
+    anew and replaced at the end. Raises OptionError, DataError that lists every fault of the input
+    before anything runs, TargetError, and what `Generator` does.
+    """
+    task, source = _source(embedded_bundle() if bundle is None else Path(bundle))
+    plan = plan_for(job, task)
+    made = made_of(plan, source, device=device)
+    target = Target.open(job.output, made, rows=plan.rows, force=force)
+    with Generator(bundle, device=device, threads=threads) as generator:
+        return carry_out(generator, plan, target, progress=progress)
+
+
+# --- before -------------------------------------------------------------------------------------
+
+
+def plan_for(job: Job, task: Task | None) -> Plan:
+    """Read all of the input once. Raises OptionError, DataError, TargetError."""
+    if task is not None and task.kind == "lm":
+        task = None
+    _check_options(job, task)
+    fields = _fields(job, task)
+    columns, count = dict[str, None](), 0
+    for row in checked_rows(job.input, fields, wrong=no_texts, limit=job.limit):
+        columns |= dict.fromkeys(row.columns)
+        count += 1
+    taken = [name for name in _added(job, task) if name in columns]
+    if taken:
+        raise DataError(
+            f"no column {', '.join(taken)} in {job.input}, for the model's own",
+            found="one",
+            do="rename it, or give the new columns a --prefix",
+        )
+    return Plan(job, task, fields, tuple(columns), count)
+
+
+def _check_options(job: Job, task: Task | None) -> None:
+    for name in ("batch_size", "limit"):
+        value = getattr(job, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise OptionError(f"{name} of 1 or more", found=repr(value), do="correct it")
+    GenerationConfig.from_options(max_new_tokens=job.max_new_tokens)
+    if job.max_new_tokens is not None and task is not None and task.kind == "classification":
+        raise OptionError(
+            "no max_new_tokens where labels are chosen",
+            found=str(job.max_new_tokens),
+            do="leave it out",
+        )
+    if job.output.suffix.lower() not in SUFFIXES:
+        raise OptionError(
+            f"an output whose name ends in {' or '.join(SUFFIXES)}",
+            found=str(job.output),
+            do="choose another name",
+        )
+    if job.input.resolve() in [path.resolve() for path in (job.output, *_beside(job.output))]:
+        raise OptionError("an output beside the input", found="the same file", do="rename it")
+    if not job.output.parent.is_dir():
+        raise TargetError(
+            f"to write {job.output}", found=f"no folder {job.output.parent}", do="make it first"
+        )
+
+
+def _fields(job: Job, task: Task | None) -> dict[str, str]:
+    """The columns that the fields of the prompt stand in."""
+    names = (PROMPT,) if task is None else task.fields
+    unknown = [name for name in job.fields if name not in names]
+    if unknown:
+        raise OptionError(
+            f"fields of the prompt: {', '.join(names)}",
+            found=", ".join(unknown),
+            do="give them as NAME=COLUMN",
+        )
+    lone = len(names) == 1 and job.input.suffix.lower() == ".txt"
+    return {name: job.fields.get(name, TEXT if lone else name) for name in names}
+
+
+def _added(job: Job, task: Task | None) -> list[str]:
+    """The columns that the model gives."""
+    labels = task is not None and task.kind == "classification"
+    names = ("label", "probabilities") if labels else ("answer", "finish_reason")
+    return [job.prefix + name for name in names]
+
+
+def _source(path: Path) -> tuple[Task | None, str]:
+    """The task of a bundle, and the sha256 that stands for all of it."""
+    if not (path / MANIFEST_FILE).is_file():
+        from gptrt import foreign  # an import that bundles need not wait for
+
+        if foreign.is_foreign(path):
+            return None, describe_file(foreign.open_foreign(path).graph).sha256
+    task = read_manifest(path).task
+    return task, describe_file(path / MANIFEST_FILE).sha256
+
+
+# --- the output -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an output is made of: with the same a run goes on."""
+
+    gptrt: str
+    bundle: str  # sha256
+    input: str  # sha256
+    input_bytes: int
+    options: dict[str, str]
+
+    def differences(self, other: Made) -> list[str]:
+        """What the other has that is not as here."""
+        found = []
+        if self.gptrt != other.gptrt:
+            found.append(f"gptrt {other.gptrt}")
+        if self.bundle != other.bundle:
+            found.append("another bundle")
+        if (self.input, self.input_bytes) != (other.input, other.input_bytes):
+            found.append("another input")
+        names = sorted(self.options.keys() | other.options.keys())
+        pairs = [(name, other.options.get(name)) for name in names]
+        return found + [f"{n} {value}" for n, value in pairs if value != self.options.get(n)]
+
+
+def made_of(plan: Plan, source: str, *, device: Device = "auto") -> Made:
+    """What the output of a plan will be made of, with a bundle that `source` stands for."""
+    entry, job = describe_file(plan.job.input), plan.job
+    options = {f"field {name}": column for name, column in plan.fields.items()}
+    names = ("batch_size", "max_new_tokens", "limit", "prefix")
+    options |= {name: str(getattr(job, name)) for name in names} | {"device": device}
+    return Made(__version__, source, entry.sha256, entry.size, options)
+
+
+@dataclass(frozen=True)
+class State:
+    """How far an output is. With `replaces` it was begun by force, in the place of another."""
+
+    made: Made
+    replaces: bool
+    rows: int = bounded(0, 1 << 60, default=0)
+    bytes: int = bounded(0, 1 << 60, default=0)
+
+
+@dataclass
+class Target:
+    """An output in the making: `add` puts a batch into it, `finish` gives it its name."""
+
+    output: Path
+    state: State
+    begun: bool = True
+    finished: bool = False
+
+    @classmethod
+    def open(cls, output: Path, made: Made, *, rows: int, force: bool = False) -> Target:
+        """One that is new, or that goes on to its `rows` rows; nothing is written yet. Raises
+        TargetError for what is taken or was begun otherwise."""
+        partial, state_file = _beside(output)
+        taken = output.exists()
+        if force or not state_file.exists():
+            if not force and (taken or partial.exists()):
+                raise TargetError(
+                    f"nothing at {output if taken else partial} yet",
+                    found="a file",
+                    do="choose another output, or replace it with --force",
+                )
+            return cls(output, State(made, replaces=taken), begun=False)
+        value = read_json(state_file, error=TargetError)
+        anew = f"start anew with --force, which removes {partial}"
+        state = decode(State, value, error=TargetError, source=str(state_file), do=anew)
+        if others := made.differences(state.made):
+            raise TargetError(
+                f"to go on with {partial} as it was begun",
+                found=f"it was begun with {', '.join(others)}",
+                do=f"give the same again, or {anew}",
+            )
+        size = partial.stat().st_size if partial.exists() else 0
+        whole = State(made, state.replaces, rows, output.stat().st_size if taken else 0)
+        if taken and not partial.exists() and state == whole:
+            return cls(output, state, finished=True)  # ended between the last two steps
+        if size < state.bytes or (taken and not state.replaces):
+            raise TargetError(
+                f"{partial} of {state.bytes} bytes or more, and nothing at {output}",
+                found=f"{size} bytes" + (f" and {output}" if taken else ""),
+                do=anew,
+            )
+        return cls(output, state)
+
+    @contextmanager
+    def writing(self) -> Iterator[IO[bytes]]:
+        """What is done so far, open at its end. Raises TargetError, also if another run has it."""
+        partial, state_file = _beside(self.output)
+        try:
+            if not self.begun:
+                _remove(partial)  # before what says how much of it counts
+                _write_state(state_file, self.state)
+                self.begun = True
+            with partial.open("ab") as stream:
+                _lock(stream, partial)
+                self._check_unchanged(stream)
+                stream.truncate(self.state.bytes)  # what follows is a batch that is not whole
+                yield stream
+        except OSError as e:
+            raise TargetError(
+                f"to write {e.filename or partial}",
+                found=e.strerror or str(e),
+                do="see to it and repeat the command: it goes on where it ended",
+            ) from e
+
+    def _check_unchanged(self, stream: IO[bytes]) -> None:
+        """Between reading the state and locking the file another run may have gone on with it."""
+        state_file = _beside(self.output)[1]
+        value = read_json(state_file, error=TargetError) if state_file.exists() else None
+        if value != asdict(self.state) or os.fstat(stream.fileno()).st_size < self.state.bytes:
+            raise TargetError(
+                f"{self.output} for this run alone",
+                found="another one that went on with it",
+                do="repeat the command when that has ended",
+            )
+
+    def add(self, stream: IO[bytes], data: bytes, rows: int) -> None:
+        """So many rows more. They count once they are on the disk."""
+        stream.write(data)
+        _onto_disk(stream)
+        done = replace(self.state, rows=self.state.rows + rows, bytes=self.state.bytes + len(data))
+        _write_state(_beside(self.output)[1], done)
+        self.state = done
+
+    def finish(self) -> None:
+        partial, state_file = _beside(self.output)
+        if not self.finished:
+            partial.replace(self.output)
+            _sync_folder(self.output.parent)
+        self.finished = True
+        state_file.unlink(missing_ok=True)
+
+
+def _beside(output: Path) -> tuple[Path, Path]:
+    """Where an output grows, and what says how far it is."""
+    return output.with_name(f"{output.name}.partial"), output.with_name(
+        f"{output.name}.partial.json"
+    )
+
+
+def _remove(partial: Path) -> None:
+    """What is not wanted any more. Raises TargetError if a run is writing it."""
+    if partial.exists():
+        with partial.open("ab") as stream:
+            _lock(stream, partial)
+        partial.unlink()
+
+
+def _write_state(path: Path, state: State) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    with draft.open("wb") as stream:
+        stream.write(json.dumps(asdict(state)).encode())
+        _onto_disk(stream)
+    draft.replace(path)
+    _sync_folder(path.parent)
+
+
+def _onto_disk(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in it: without this a power cut may undo a rename."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems know no such thing
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(stream: IO[bytes], path: Path) -> None:
+    """Until the file is closed, however that comes about. Raises TargetError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise TargetError(
+            f"{path} for this run alone", found="another one that writes it", do="wait for its end"
+        ) from e
+
+
+# --- the work -------------------------------------------------------------------------------------
+
+
+def carry_out(
+    generator: Generator, plan: Plan, target: Target, *, progress: Progress | None = None
+) -> Report:
+    """Ask for the rows that are not done, batch by batch. Raises DataError, before any is asked,
+    with all that the tokenizer refuses."""
+    began, before = time.monotonic(), target.state.rows
+    if not target.finished:
+        config = _config(plan)
+        for _ in checked_rows(
+            plan.job.input,
+            plan.fields,
+            wrong=lambda row: _unusable(generator, plan, config, row),
+            limit=plan.rows,
+        ):
+            pass
+        ask, rows = asking(generator, plan, config), islice(plan.read(), before, None)
+        with target.writing() as stream:
+            while batch := list(islice(rows, plan.job.batch_size)):
+                if progress is not None:
+                    progress(target.state.rows, plan.rows)
+                generator.calls.shelf.forget()
+                data = _written(plan, batch, ask(batch), first=target.state.rows == 0)
+                target.add(stream, data, len(batch))
+        if target.state.rows < plan.rows:
+            raise DataError(
+                f"{plan.rows} rows in {plan.job.input}, as there were when it was checked",
+                found=f"{target.state.rows}",
+                do="restore it and repeat the command, or start anew with --force",
+            )
+    target.finish()
+    if progress is not None:
+        progress(plan.rows, plan.rows)
+    return Report(str(plan.job.output), plan.rows, before, time.monotonic() - began)
+
+
+def asking(generator: Generator, plan: Plan, config: GenerationConfig) -> Ask:
+    """How the bundle is asked for the new columns of some rows."""
+    task, size, names = plan.task, plan.job.batch_size, _added(plan.job, plan.task)
+
+    def labels(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        found = generator.classify_batch([row.values for row in rows])
+        shares = [{label: float(f"{p:.6g}") for label, p in each} for each in found]
+        return [dict(zip(names, (next(iter(e)), e), strict=True)) for e in shares]
+
+    def texts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        if task is None:
+            prompts = [row.values[PROMPT] for row in rows]
+            found = generator.complete_batch(prompts, config=config, batch_size=size)
+        else:
+            fields = [row.values for row in rows]
+            found = generator.answer_batch(fields, config=config, batch_size=size)
+        return [dict(zip(names, (r.text, r.finish_reason), strict=True)) for r in found]
+
+    return labels if task is not None and task.kind == "classification" else texts
+
+
+def _config(plan: Plan) -> GenerationConfig:
+    """Greedy, so that nothing but the row decides."""
+    given = plan.job.max_new_tokens
+    if given is None and plan.task is not None:
+        given = plan.task.max_new_tokens
+    return GenerationConfig.from_options(max_new_tokens=given)
+
+
+def _unusable(generator: Generator, plan: Plan, config: GenerationConfig, row: Row) -> str | None:
+    """Why a row cannot be asked, if it cannot."""
+    calls, encode, task = generator.calls, generator.encode, plan.task
+    try:
+        if task is None:
+            calls.prepare([encode(row.values[PROMPT])], [config])
+        else:
+            room = 1 if task.kind == "classification" else config.max_new_tokens
+            question(calls, encode, task, row.values, room)
+    except PromptError as e:
+        return f"{e.found}, wanted {e.wanted}"
+    return None
+
+
+def _written(
+    plan: Plan, rows: Sequence[Row], added: Sequence[dict[str, Any]], *, first: bool
+) -> bytes:
+    """A batch as it stands in the output; at its beginning with the names of the columns."""
+    whole = [row.columns | new for row, new in zip(rows, added, strict=True)]
+    if plan.job.output.suffix.lower() == ".jsonl":
+        lines = (json.dumps(values, ensure_ascii=False) for values in whole)
+        return "".join(f"{line}\n" for line in lines).encode()
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, [*plan.columns, *_added(plan.job, plan.task)], restval="", lineterminator="\n"
+    )
+    if first:
+        writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in whole)
+    return text.getvalue().encode()
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
