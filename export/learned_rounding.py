@@ -17,9 +17,10 @@ import torch
 
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
-from .loss import Lesson, autocast, linear_cross_entropy, product_dtype
+from .loss import Lesson, linear_cross_entropy
 from .model import GPT
 from .optimizer import Optimizer, OptimizerConfig, rate_scale
+from .precision import autocast, product_dtype
 from .progress import Progress
 from .trained_rounding import TrainedRounding, hidden_and_head
 

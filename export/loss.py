@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,6 @@ IGNORED = -100  # a target that does not count, as everywhere in PyTorch
 
 # Rows of logits at a time: at a vocabulary of 8,192 that is 8 MB, which stays in the caches.
 _CHUNK_VALUES = 1 << 21
-
-# bfloat16 halves the time of a wide product and costs two casts, which eat the gain below this.
-_BF16_MIN_WIDTH = 192
 
 
 @dataclass(frozen=True)
@@ -105,25 +100,3 @@ def linear_cross_entropy(
     """
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, dtype, lesson, shares)  # type: ignore[no-untyped-call]
     return loss
-
-
-def product_dtype(width: int, device: torch.device) -> torch.dtype:
-    """bfloat16 for the products of a model of this width where the hardware gains by it."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_native_bf16()
-    return torch.bfloat16 if fast and width >= _BF16_MIN_WIDTH else torch.float32
-
-
-def _has_native_bf16() -> bool:
-    """mkldnn emulates bf16 where the processor lacks the instructions, at a loss."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Products in `dtype` while it lasts."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)

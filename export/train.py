@@ -23,11 +23,12 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .data import Batch, Windows, in_order, open_ids
 from .examples import Examples
 from .lora import adapt, from_peft, merged_state, to_peft
-from .loss import IGNORED, Lesson, autocast, linear_cross_entropy, product_dtype
+from .loss import IGNORED, Lesson, linear_cross_entropy
 from .model import GPT, Attend, CausalAttention
 from .optimizer import Optimizer, rate_scale
 from .parts import parameter_of
 from .plots import LOSS, OBJECTIVE, plot_losses
+from .precision import autocast, product_dtype
 from .progress import ProgressBar
 from .runs import (
     BASE_FOLDER,

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from export.checkpoint import load_checkpoint
 from export.loss import IGNORED, linear_cross_entropy
 from export.model import GPT
+from export.optimizer import Muon
 from gptrt.errors import CheckpointError
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, scrambled
@@ -101,3 +103,20 @@ def test_the_chunked_loss_has_the_value_and_the_gradients_of_cross_entropy() -> 
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32)])
+def test_muon_is_that_of_pytorch(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(5)]
+    rates = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    for parameter, optimizer in (
+        (ours, Muon([ours], **rates)),
+        (theirs, torch.optim.Muon([theirs], **rates)),
+    ):
+        for grad in grads:
+            parameter.grad = grad.clone()
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved  # theirs computes in bfloat16
