@@ -65,7 +65,7 @@ _SENTIMENT = (
 def sentiment(args: argparse.Namespace) -> None:
     """All parameters, and an adapter, beside a logistic regression on the same split."""
     full = Recipe("full", _SENTIMENT)
-    lora = Recipe("lora", (*_SENTIMENT, "--lora-rank", "8", "--set", "prompt_share=0"))
+    lora = Recipe("lora", (*_SENTIMENT, "--lora-rank", "4", "--lora-alpha", "16"))
     for recipe in (full, lora):
         run = finetune(recipe, [args.data], args)
         compare(recipe.name, [run, *bundles(run)], run, args.out)

@@ -27,4 +27,5 @@ from gptrt import Generator
 with Generator(sys.argv[1]) as generator:
     print(generator.translate("I want to go home."))
 PYTHON
-gptrt run "$out/bundle" --input "$out/run/data/test.jsonl" --output "$out/translated.jsonl" --limit 100
+gptrt run "$out/bundle" --input "$out/run/data/test.jsonl" --output "$out/translated.jsonl" \
+  --prefix its_ --limit 100

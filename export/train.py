@@ -75,6 +75,10 @@ def train(
     """
     trainer = Trainer(run, metric)
     truncate_log(run.log, trainer.state.step)
+    if run.config.lora is not None:
+        learning = sum(p.numel() for p in trainer.learning.values())
+        share = learning / (sum(p.numel() for p in trainer.model.parameters()) - learning)
+        bar.say(f"an adapter of {learning:,} parameters learns, {share:.1%} of the model's")
     with run.log.open("a") as log:
         reason = _loop(trainer, log, bar, interrupted)
     plot_losses(run.log, run.path / PLOT_FILE)
