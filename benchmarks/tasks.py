@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from gptrt_export import metrics
+from gptrt_export.examples import Example, write_table
+from gptrt_export.finetune import split
 from gptrt_export.metrics import Scored
+
+from gptrt.tables import read_rows
 
 _ROOT = Path(__file__).parents[1]
 _DEFAULT = _ROOT / "models" / "tales"
@@ -55,29 +59,38 @@ def main() -> None:
 
 # --- sentiment ----------------------------------------------------------------------------------
 
-_SENTIMENT = (
+_READING = (*("--task", "lm", "--column", "answer=text"), *("--epochs", "3", "--test-share", "0"))
+_JUDGING = (
     *("--task", "classification", "--prompt", "Review: {text}\nSentiment:"),
-    *("--column", "answer=label", "--label", "1=good", "--label", "0=bad"),
-    *("--set", "prompt_share=0.5", "--epochs", "4"),
+    *("--epochs", "3", "--set", "prompt_share=0.3"),
 )
+_LABELS = {"1": "good", "0": "bad"}
 
 
 def sentiment(args: argparse.Namespace) -> None:
-    """All parameters, and an adapter, beside a logistic regression on the same split."""
-    full = Recipe("full", _SENTIMENT)
-    lora = Recipe("lora", (*_SENTIMENT, "--lora-rank", "4", "--lora-alpha", "16"))
-    for recipe in (full, lora):
-        run = finetune(recipe, [args.data], args)
-        compare(recipe.name, [run, *bundles(run)], run, args.out)
-    train, test = (
-        table(args.out / "full" / "data" / f"{name}.jsonl") for name in ("train", "test")
-    )
-    train += table(args.out / "full" / "data" / "valid.jsonl")
-    wanted = [row["answer"] for row in test]
-    for name, found in logistic_regressions(train, test).items():
-        show(
-            f"baseline: {name}", [metrics.accuracy(found, wanted), metrics.macro_f1(found, wanted)]
-        )
+    """First to read reviews, as text, then to judge them: with all weights, and with an adapter.
+    Beside it a logistic regression on the same split."""
+    train, test = split_reviews(args.data, args.out)
+    reader = finetune(Recipe("reader", _READING), [train], args)
+    judging = (*_JUDGING, "--test", str(test))
+    adapter = ("--lora-rank", "4", "--lora-alpha", "16")
+    for name, more in (("sentiment", ()), ("sentiment-lora", adapter)):
+        run = finetune(Recipe(name, (*judging, *more), reader), [train], args)
+        compare(name, [run, *bundles(run)], run, args.out)
+    wanted = [row["answer"] for row in table(test)]
+    for name, found in logistic_regressions(table(train), table(test)).items():
+        scores = [metrics.accuracy(found, wanted), metrics.macro_f1(found, wanted)]
+        show(f"baseline: {name}", scores)
+
+
+def split_reviews(path: Path, out: Path) -> tuple[Path, Path]:
+    """Tables to learn from and to test on: a tenth, by hash of the text, of each label."""
+    rows = read_rows(path, {"text": "text", "label": "label"})
+    found = [Example({"text": row.values["text"]}, (_LABELS[row.values["label"]],)) for row in rows]
+    test, train = split(found, 0.1)
+    for name, part in (("reviews-train.jsonl", train), ("reviews-test.jsonl", test)):
+        write_table(out / name, part)
+    return out / "reviews-train.jsonl", out / "reviews-test.jsonl"
 
 
 def logistic_regressions(train: Rows, test: Rows) -> dict[str, list[str]]:
@@ -134,9 +147,10 @@ def translation(args: argparse.Namespace) -> None:
     recipe = Recipe(
         "translation",
         (
-            *("--task", "translation", "--column", "text=1", "--column", "answer=2"),
+            *("--task", "translation", "--prompt", "{text} ="),
+            *("--column", "text=1", "--column", "answer=2"),
             *("--set", "optimizer.lr=0.003", "--set", "optimizer.matrix_lr=0.02"),
-            *("--set", "dropout=0.2", "--epochs", "30", "--set", "batch_size=8"),
+            *("--epochs", "20", "--set", "batch_size=8", "--set", "eval_every=200"),
         ),
         start=base,
     )
@@ -168,9 +182,10 @@ def nearest_translations(train: Rows, test: Rows) -> list[str]:
 
 def finetune(recipe: Recipe, data: Sequence[Path], args: argparse.Namespace) -> Path:
     run: Path = args.out / recipe.name
-    if (run / "checkpoints.json").is_file():
-        return run
     limit = () if args.max_time is None else ("--max-time", str(args.max_time))
+    if (run / "checkpoints.json").is_file():
+        call("finetune", "--resume", "--out", str(run), *limit)
+        return run
     tables = [word for path in data for word in ("--data", str(path))]
     call(
         *("finetune", "--from", str(recipe.start), *tables, *recipe.options),
