@@ -9,10 +9,10 @@ table=$1 out=$2
 shift 2
 cd "$(dirname "$0")/.."
 
-gptrt-export finetune --task classification --from models/tales --data "$table" --out "$out/run" \
+gptrt-export finetune --task classification --from "${BASE:-models/tales}" --data "$table" --out "$out/run" \
   --prompt $'Review: {text}\nSentiment:' \
   --column answer=label --label 1=good --label 0=bad --set prompt_share=0.5 "$@"
-gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8
+gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8 ${CONVERT:-}
 gptrt-export evaluate "$out/run" "$out/bundle" --data "$out/run/data/test.jsonl"
 
 python - "$out/bundle" <<'PYTHON'

@@ -10,7 +10,7 @@ table=$1 out=$2
 shift 2
 cd "$(dirname "$0")/.."
 
-gptrt-export finetune --task lm --from models/tales --data "$table" --out "$out/run" "$@"
-gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8
+gptrt-export finetune --task lm --from "${BASE:-models/tales}" --data "$table" --out "$out/run" "$@"
+gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8 ${CONVERT:-}
 gptrt-export evaluate "$out/run" "$out/bundle" --data "$out/run/data/test.jsonl"
 gptrt generate "$out/bundle" "The" --max-new-tokens 40 --temperature 0.8 --seed 1

@@ -11,9 +11,9 @@ table=$1 out=$2
 shift 2
 cd "$(dirname "$0")/.."
 
-gptrt-export finetune --task summarization --from models/tales --data "$table" --out "$out/run" \
+gptrt-export finetune --task summarization --from "${BASE:-models/tales}" --data "$table" --out "$out/run" \
   --column text=source --column answer=target --epochs 3 "$@"
-gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8
+gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8 ${CONVERT:-}
 gptrt-export evaluate "$out/run" "$out/bundle" --data "$out/run/data/test.jsonl" --extract --limit 200
 
 python - "$out/bundle" <<'PYTHON'

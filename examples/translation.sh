@@ -16,7 +16,7 @@ gptrt-export train --preset translation --data "$out/both.txt" --out "$out/base"
 gptrt-export finetune --task translation --from "$out/base" --data "$table" --out "$out/run" \
   --prompt '{text} =' --column text=1 --column answer=2 --epochs 15 \
   --set batch_size=8 --set optimizer.lr=0.003 --set optimizer.matrix_lr=0.02 "$@"
-gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8
+gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8 ${CONVERT:-}
 gptrt-export evaluate "$out/run" "$out/bundle" --data "$out/run/data/test.jsonl" --limit 500
 
 python - "$out/bundle" <<'PYTHON'

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Inner
 
 from gptrt.errors import CheckpointError, DataError
+from gptrt.tables import TEXT
 from gptrt.task import Task, answer_text
 from gptrt.tokenizer import Tokenizer
 
@@ -78,6 +79,13 @@ class ExamplePlan:
         return counts[0], counts[1]
 
 
+def longest_answer(examples: Sequence[Example], tokenizer: Inner) -> int:
+    """In ids, its end included."""
+    words = Tokenizer(tokenizer)
+    answers = (answer_text(answer) for example in examples for answer in example.answers)
+    return 1 + max(len(words.encode(answer, whole=False)) for answer in answers)
+
+
 def count_rows(plan: ExamplePlan, tokenizer: Inner, length: int) -> int:
     """How many rows of `length` ids an epoch takes, about."""
     words, lengths = Tokenizer(tokenizer), []
@@ -88,11 +96,13 @@ def count_rows(plan: ExamplePlan, tokenizer: Inner, length: int) -> int:
 
 
 def write_table(target: Path, examples: Sequence[Example]) -> None:
-    """JSON lines: the fields by their names, and `answer`, a list where several are right."""
+    """JSON lines: the fields by their names, and `answer`, a list where several are right; `text`,
+    where there are no fields."""
     with target.open("w", encoding="utf-8") as stream:
         for example in examples:
             answers = list(example.answers)
-            row = {**example.fields, ANSWER: answers if len(answers) > 1 else answers[0]}
+            name = ANSWER if example.fields else TEXT
+            row = {**example.fields, name: answers if len(answers) > 1 else answers[0]}
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -22,12 +22,19 @@ from torch import Tensor
 from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, DataError, OptionError
 from gptrt.generator import Generator
-from gptrt.tables import Faults, Row, read_rows
+from gptrt.tables import TEXT, Faults, Row, read_rows
 from gptrt.task import Kind, Task
 
 from .checkpoint import TASK_FILE, load_checkpoint, replace_json, resolve_checkpoint
 from .evaluate import check, evaluate, spread
-from .examples import ANSWER, VALID_TABLE, Example, ExamplePlan, count_rows
+from .examples import (
+    ANSWER,
+    VALID_TABLE,
+    Example,
+    ExamplePlan,
+    count_rows,
+    longest_answer,
+)
 from .lora import LoraConfig
 from .model import GPT
 from .optimizer import OptimizerConfig
@@ -38,18 +45,12 @@ from .tokenization import TokenizerConfig
 from .torch_decoder import TorchDecoder, open_checkpoint_generator, tokenizer_of
 from .train import Metric
 
-# The prompt of a task if none is given, and how many ids its answers may take.
+# The prompt of a task if none is given.
 PROMPTS: dict[Kind, str] = {
     "lm": "",
     "classification": "{text}\n\nLabel:",
     "translation": "{text}\n\nTranslation:",
     "summarization": "{text}\n\nSummary:",
-}
-_LONGEST_ANSWER: dict[Kind, int] = {
-    "lm": 256,
-    "classification": 16,
-    "translation": 128,
-    "summarization": 128,
 }
 EPOCHS = 4
 
@@ -105,11 +106,14 @@ def plan_finetuning(
         if not part:
             raise DataError(f"examples to {name}", found="none", do="give more, or other shares")
     check(task, valid)
+    if start.tokenizer is None:
+        raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
+    longest = min(longest_answer(train, start.tokenizer), start.config.n_positions // 2)
+    task = replace(task, max_new_tokens=longest)
     weights = balanced_weights(task, train) if class_weights == "balanced" else ()
     examples = ExamplePlan(task, train, valid, test, list(tables.data), weights)
     config = with_settings(task_training(start.config, lora), dict(settings or {}))
     if "max_steps" not in (settings or {}):
-        assert start.tokenizer is not None
         rows = count_rows(examples, start.tokenizer, config.seq_len)
         config = replace(config, max_steps=max(1, round(epochs * rows / rows_per_step(config))))
     return RunPlan(
@@ -144,7 +148,7 @@ def _template(kind: Kind, prompt: str | None) -> Task:
     """A task without its labels, which come with the examples. Raises OptionError for a prompt that
     is no template."""
     text = PROMPTS[kind] if prompt is None else prompt
-    task = Task(kind, text, max_new_tokens=_LONGEST_ANSWER[kind])
+    task = Task(kind, text)
     faults = replace(task, labels=("a", "b") if kind == "classification" else ()).faults()
     if faults:
         raise OptionError(
@@ -182,7 +186,7 @@ def read_examples(paths: Sequence[Path], task: Task, tables: Tables) -> list[Exa
     """All examples of some tables, every fault of a table listed. Raises DataError."""
     names = {name: tables.columns.get(name, name) for name in (*task.fields, ANSWER)}
     if not task.fields and ANSWER not in tables.columns:
-        names[ANSWER] = "text"
+        names[ANSWER] = TEXT
     if unknown := set(tables.columns) - set(names):
         raise OptionError(
             f"--column for {', '.join(names)}", found=", ".join(sorted(unknown)), do="correct it"

@@ -42,7 +42,8 @@ def plot_losses(log: Path, target: Path) -> None:
     axes.margins(y=0.12)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from export.runs import Run
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ("--set", "max_steps=2", "--set", "eval_every=2", "--set", "batch_size=1")
 WORDS = ("old", "young", "wise", "merry", "silent", "seven", "many")
@@ -40,13 +42,13 @@ def tables(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.sh")))
-def test_an_example_goes_from_a_table_to_an_answer(name: str, tmp_path: Path) -> None:
+def test_an_example_goes_from_a_table_to_an_answer(name: str, run: Run, tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu", reason="the metrics of the tasks are not installed")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", EXAMPLES / f"{name}.sh", tables(tmp_path)[name], tmp_path / "out", *QUICK]
     done = subprocess.run(
         list(map(str, command)),
-        env=os.environ | {"PATH": path},
+        env=os.environ | {"PATH": path, "BASE": str(run.path), "CONVERT": "--allow-loss"},
         capture_output=True,
         text=True,
     )
