@@ -59,10 +59,13 @@ def main() -> None:
 
 # --- sentiment ----------------------------------------------------------------------------------
 
-_READING = (*("--task", "lm", "--column", "answer=text"), *("--epochs", "3", "--test-share", "0"))
+_READING = (
+    *("--task", "lm", "--epochs", "3", "--test-share", "0", "--column", "answer=text"),
+    *("--set", "optimizer.lr=0.001", "--set", "optimizer.matrix_lr=0.006"),
+)
 _JUDGING = (
     *("--task", "classification", "--prompt", "Review: {text}\nSentiment:"),
-    *("--epochs", "3", "--set", "prompt_share=0.3"),
+    *("--epochs", "3", "--set", "prompt_share=0.3", "--set", "eval_every=60"),
 )
 _LABELS = {"1": "good", "0": "bad"}
 
