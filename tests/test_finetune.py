@@ -295,6 +295,7 @@ def test_an_adapted_run_resumes_bit_for_bit_and_leaves_the_base_alone(
     adapters = [open_run(tmp_path / name).adapter() for name in ("whole", "parts")]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     whole, base = (load_checkpoint(p) for p in (open_run(tmp_path / "whole").last_folder, run.path))
+    assert (whole.config, whole.state.keys()) == (base.config, base.state.keys())  # one graph
     changed = [n for n in base.state if not torch.equal(base.state[n], whole.state[n])]
     assert changed and all(n.endswith(("c_attn.weight", "c_fc.weight")) for n in changed)
     kept = load_checkpoint(tmp_path / "whole" / "base").state
