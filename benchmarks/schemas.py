@@ -338,7 +338,9 @@ SCHEMAS = tuple(
 def main() -> None:
     parser = argparse.ArgumentParser(description="200 JSON schemas, a document for each.")
     parser.add_argument("bundle", nargs="?", help="the embedded one if left out")
-    documents = _written(parser.parse_args().bundle)
+    parser.add_argument("--seed", type=int, default=0, help="of the first; the next has one more")
+    args = parser.parse_args()
+    documents = _written(args.bundle, args.seed)
     rows = [(case, text, _fault(case.schema, text), tokens) for case, text, tokens in documents]
     print(_table([(case, fault, tokens) for case, _, fault, tokens in rows]))
     for case, text, fault, _ in rows:
@@ -347,12 +349,12 @@ def main() -> None:
     sys.exit(any(fault for _, _, fault, _ in rows))
 
 
-def _written(bundle: str | None) -> Iterator[tuple[Case, str, int]]:
+def _written(bundle: str | None, first_seed: int) -> Iterator[tuple[Case, str, int]]:
     """Each case with the document that was written for it and how many tokens it took."""
     from gptrt import Generator, JsonSchema
 
     with Generator(bundle) as generator:
-        for seed, case in enumerate(SCHEMAS):
+        for seed, case in enumerate(SCHEMAS, start=first_seed):
             text = generator.generate(
                 _PROMPT,
                 constraint=JsonSchema(case.schema),

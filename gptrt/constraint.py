@@ -111,11 +111,31 @@ def _source(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_regex(constraint.text)
     if isinstance(constraint, Grammar):
         return LLMatcher.grammar_from_lark(constraint.text)
-    schema = json.loads(constraint.text)
+    schema = _with_short_names(json.loads(constraint.text))
     if isinstance(schema, bool):
         schema = {} if schema else {"anyOf": [False]}
     layout = _LAYOUT if "\\u" in constraint.text else _LAYOUT | _ESCAPES
     return LLMatcher.grammar_from_json_schema(schema, defaults=layout)  # type: ignore[arg-type]
+
+
+# A label of a host's name has at most 63 characters and all of it 253 (RFC 1034, 3.1), which
+# llguidance does not count. So labels of 30, and 8 of them: 247.
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,28}[A-Za-z0-9])?"
+_HOSTNAME = rf"^{_LABEL}(\.{_LABEL}){{0,7}}$"
+_VALUES = ("enum", "const", "default", "examples")  # keys behind which no schemas stand
+
+
+def _with_short_names(schema: Any) -> Any:
+    """A schema whose hostnames cannot be too long."""
+    if isinstance(schema, list):
+        return [_with_short_names(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {k: v if k in _VALUES else _with_short_names(v) for k, v in schema.items()}
+    if found.get("format") == "hostname" and "pattern" not in found:
+        del found["format"]
+        found["pattern"] = _HOSTNAME
+    return found
 
 
 def _refused(wanted: str, found: str) -> OptionError:

@@ -207,6 +207,16 @@ def test_an_escaped_name_does_not_get_around_its_schema() -> None:
     assert write(JsonSchema({"const": "a\0"})) == '"a\\u0000"'  # where there is no other way
 
 
+def test_a_hostname_is_never_too_long() -> None:
+    """Also deep in a schema; but not where `format` is a value or a property."""
+    for lead in b"a.-":
+        schema = {"properties": {"format": {"type": "string", "format": "hostname"}}}
+        closed = {"type": "object", "required": ["format"], "additionalProperties": False}
+        name = json.loads(write(JsonSchema(schema | closed), room=600, lead=lead))["format"]
+        assert len(name) <= 253 and all(0 < len(label) <= 63 for label in name.split(".")), name
+    assert write(JsonSchema({"const": {"format": "hostname"}})) == '{"format": "hostname"}'
+
+
 # --- patterns and grammars ----------------------------------------------------------------------
 
 
