@@ -97,7 +97,6 @@ def plan_finetuning(
         read_examples(paths, task, tables) for paths in (tables.data, tables.valid, tables.test)
     )
     task = _with_labels(task, train)
-    _check_labels(task, [*valid, *test])
     if not tables.test:
         test, train = split(train, tables.test_share)
     if not tables.valid:  # of what is left, so many that they are that share of all
@@ -105,7 +104,7 @@ def plan_finetuning(
     for name, part in (("train on", train), ("validate by", valid)):
         if not part:
             raise DataError(f"examples to {name}", found="none", do="give more, or other shares")
-    check(task, valid)
+    check(task, [*valid, *test])
     if start.tokenizer is None:
         raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
     longest = min(longest_answer(train, start.tokenizer), start.config.n_positions // 2)
@@ -167,16 +166,6 @@ def _with_labels(task: Task, examples: Sequence[Example]) -> Task:
             "two labels or more in the answers", found=", ".join(labels) or "none", do="check them"
         )
     return replace(task, labels=labels)
-
-
-def _check_labels(task: Task, examples: Sequence[Example]) -> None:
-    unknown = {answer for example in examples for answer in example.answers} - set(task.labels)
-    if task.labels and unknown:
-        raise DataError(
-            f"the labels of --data, {', '.join(task.labels)}",
-            found=", ".join(sorted(unknown)[:5]),
-            do="correct them in --valid or --test",
-        )
 
 
 # --- tables to examples -------------------------------------------------------------------------

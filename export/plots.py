@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from .sensitivity import Option
 
 
-# What a log calls the loss of a step: the text's own, or with a teacher's share.
+# What a log calls the loss of a step: the text's own, or with a share of something else.
 LOSS, OBJECTIVE = "loss", "objective"
 
 
 def plot_losses(log: Path, target: Path) -> None:
-    """Training and validation loss of a run's log against steps, as a PNG. Where a teacher is part
-    of what is trained for, that has an axis of its own."""
+    """Training and validation loss of a run's log against steps, as a PNG. Where a teacher or
+    prompts are part of what is trained for, that has an axis of its own; the best metric of a task
+    stands above."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
     valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
     figure, axes = new_figure()
@@ -39,6 +40,9 @@ def plot_losses(log: Path, target: Path) -> None:
         axes.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
         best = (x[y.index(min(y))], min(y))
         axes.annotate(f"{min(y):.3f}", best, (0, -14), textcoords="offset points", ha="right")
+    if metrics := [(line["metric"], -line["step"]) for line in lines if "metric" in line]:
+        best_metric, step = max(metrics)
+        axes.set_title(f"best metric {best_metric:.2f} %, at step {-step}", fontsize=10)
     axes.margins(y=0.12)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")

@@ -89,7 +89,8 @@ def train(
 
 def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable[[], bool]) -> str:
     config = trainer.config
-    what = OBJECTIVE if config.distill else LOSS  # no nats a token where a teacher's weigh in
+    # No nats a token where a teacher's weigh in, or those of prompts.
+    what = OBJECTIVE if config.distill or config.prompt_share else LOSS
     if trainer.run.config.fine_tuning and trainer.state.step == 0:
         trainer.judge(*_evaluate(trainer, log, bar))
     while not (reason := trainer.finished()):

@@ -379,12 +379,13 @@ class Generator:
     def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[Score]:
         """How likely each text is to follow `prompt`, which is read once."""
         before = self._checked(self.encode(prompt))
-        scores = []
-        for continuation in continuations:
-            ids = self._checked(self.encode(continuation, whole=False), beside=len(before))
-            with self.calls.row_for(before, len(before) + len(ids)) as (reading, row):
-                scores.append(score(reading, row, before, ids))
-        return scores
+        found = [
+            self._checked(self.encode(continuation, whole=False), beside=len(before))
+            for continuation in continuations
+        ]
+        longest = max(map(len, found), default=0)
+        with self.calls.row_for(before, len(before) + longest) as (reading, row):
+            return [score(reading, row, before, ids) for ids in found]
 
     def logits(self, prompt: Prompt, positions: Sequence[int] | None = None) -> Logits:
         """The logits after each of `positions` of the prompt's ids, float32 [positions, vocab]; of

@@ -206,20 +206,24 @@ def draw_key(seed: int, sequence: int, step: int) -> int:
     """
     key = 0
     for part in (seed, sequence, step):
-        key = int(_mix(np.array([(key ^ part) & _ALL], np.uint64) + _GOLDEN)[0])
+        key = ((key ^ part) + int(_GOLDEN)) & _ALL
+        key = ((key ^ (key >> 30)) * int(_FIRST)) & _ALL  # as `_mix`, without an array's ceremony
+        key = ((key ^ (key >> 27)) * int(_SECOND)) & _ALL
+        key ^= key >> 31
     return key
 
 
 _ALL = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The bits of x, which is overwritten, spread over all 64."""
     x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x *= _FIRST
     x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
+    x *= _SECOND
     x ^= x >> np.uint64(31)
     return x
 

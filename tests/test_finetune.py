@@ -326,7 +326,7 @@ def test_labels_that_nothing_was_learnt_of_are_refused(
     other = tmp_path / "valid.tsv"
     other.write_text("text\tlabel\nthe wise bird\t2\n")
     tables = Tables([reviews], valid=[other], columns={"answer": "label"})
-    with pytest.raises(DataError, match="labels of --data"):
+    with pytest.raises(DataError, match="among the labels 0, 1"):
         plan_finetuning("classification", run.path, tables)
     with pytest.raises(OptionError, match="classification"):
         plan_finetuning("lm", run.path, Tables([reviews]), class_weights="balanced")

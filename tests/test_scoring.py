@@ -110,3 +110,11 @@ def test_perplexity_is_that_of_the_function(pair: tuple[Generator, GPT]) -> None
     generator, model = pair
     wanted = -log_probs(model, IDS)[np.arange(10), IDS[1:]].mean()
     assert generator.perplexity(IDS).nll == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_prompt_is_read_once_for_all_continuations_whatever_is_kept() -> None:
+    decoder = FakeDecoder(noise, context=256)
+    generator = Generator.from_parts(decoder, byte_tokenizer(), reuse="none")
+    generator.score("0123456789", ["a", "b", "c"])
+    assert decoder.passes == [10, 2, 2]
+    assert generator.score("0123456789", []) == []
