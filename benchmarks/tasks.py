@@ -198,18 +198,13 @@ def finetune(recipe: Recipe, data: Sequence[Path], args: argparse.Namespace) -> 
 
 
 def bundles(run: Path) -> list[Path]:
-    """The quantized bundles of a run.
-
-    What a model was not taught to write, its prompts, it predicts badly, and the usual limits of
-    perplexity are for text that it knows; how well the task is done is measured right after.
-    """
+    """The quantized bundles of a run."""
     found = []
     for mode in _QUANTIZED:
         out = run.with_name(f"{run.name}-{mode}")
         found.append(out)
         if not out.exists():
-            limit = ("--max-perplexity-ratio", "1.05")
-            call("convert", str(run), "--out", str(out), "--quantize", mode, *limit)
+            call("convert", str(run), "--out", str(out), "--quantize", mode)
     return found
 
 

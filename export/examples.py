@@ -8,6 +8,7 @@ for.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -150,6 +151,11 @@ def write_examples(
     return len(ids)
 
 
+def has_examples(path: Path) -> bool:
+    """Whether `write_examples` wrote this file of ids."""
+    return _table_of(path).is_file()
+
+
 def _table_of(path: Path) -> Path:
     return path.with_suffix(".examples.npy")
 
@@ -174,14 +180,14 @@ class Examples:
     def open(
         cls,
         path: Path,
-        length: int,
-        seed: int,
+        length: int = sys.maxsize,
+        seed: int = 0,
         *,
         prompt_share: float = 0.0,
         class_weights: tuple[float, ...] = (),
     ) -> Examples:
         """Those that `write_examples` wrote. Raises DataError."""
-        if not _table_of(path).is_file():
+        if not has_examples(path):
             raise DataError(f"examples in {path}", found="none", do="give --data again")
         table = np.load(_table_of(path), allow_pickle=False)
         return cls(open_ids(path), table, length, seed, prompt_share, class_weights)
@@ -198,6 +204,15 @@ class Examples:
         """Every example once, up to `size` rows at a time."""
         rows = _packed(range(len(self)), self.lengths, self.length)
         for first in range(0, len(rows), size):
+            yield self._batch(rows[first : first + size])
+
+    def one_by_one(self, tokens: int, size: int) -> Iterator[Batch]:
+        """Examples from all over the file that take about `tokens` inputs, or all of them: up to
+        `size` at a time, each in a row of its own."""
+        count = max(1, min(len(self), tokens * len(self) // sum(self.lengths)))
+        chosen = (n * len(self) // count for n in range(count))
+        rows = [[n] for n in sorted(chosen, key=lambda n: self.lengths[n])]
+        for first in range(0, count, size):
             yield self._batch(rows[first : first + size])
 
     def rows_per_epoch(self) -> int:

@@ -49,9 +49,8 @@ class Optimizer:
         }
         rest = {n: p for n, p in named.items() if n not in matrices}
         self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
-        self._parts: list[torch.optim.Optimizer] = [_adamw(rest, config)]
-        if matrices:
-            self._parts.append(_muon(matrices, config))
+        makers = ((_adamw, rest), (_muon, matrices))
+        self._parts = [make(part, config) for make, part in makers if part]
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self._parts]
 
     def step(self, scale: float) -> None:

@@ -237,6 +237,7 @@ def _promise(
         text=texts.name,
         tokens=options.verify_tokens,
         window=options.window,
+        examples=texts.examples,
     )
     if not options.allow_loss:
         check_fidelity(fidelity, options.mode, options.max_perplexity_ratio)

@@ -14,6 +14,7 @@ from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, DataError
 
 from .data import TRAIN_IDS, VALID_IDS, open_ids, read_pieces
+from .examples import Examples, has_examples
 from .runs import DATA_FOLDER
 
 Ids = NDArray[np.uint32]
@@ -27,11 +28,12 @@ _CALIBRATION_WORK = 6e11  # weights times tokens: minutes on two cores, whatever
 @dataclass(frozen=True)
 class Texts:
     """`verify` is text that neither training nor calibration has seen; `calibration` is there
-    where it was asked for."""
+    where it was asked for. `examples` is there where `verify` consists of them."""
 
     verify: Ids
     name: str
     calibration: Ids | None
+    examples: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def choose_texts(
     if tokenizer is None:
         raise CheckpointError(f"tokenizer.json in {source}", found="none", do="add the file")
     trained_on, held_out = (source / DATA_FOLDER / name for name in (TRAIN_IDS, VALID_IDS))
+    examples = None
     wanted = _SPREAD * calibration_tokens(calibrate) if calibrate else 0
     own = files.calibration is not None and not _same(files.calibration, files.verify)
     rest = np.zeros(0, np.uint32)
@@ -70,6 +73,8 @@ def choose_texts(
         name = files.verify.name
     elif held_out.is_file():
         verify, name = open_ids(held_out), "the run's held-out text"
+        if has_examples(held_out):
+            examples, name = Examples.open(held_out), "answers that the run has held out"
     else:
         raise DataError(
             "text to verify on (a run folder brings its own)",
@@ -77,7 +82,7 @@ def choose_texts(
             do="give --verify-text FILE, text of the kind that the model is for",
         )
     if calibrate is None:
-        return Texts(verify, name, None)
+        return Texts(verify, name, None, examples)
     if own and files.calibration is not None:
         found = _read(tokenizer, files.calibration, wanted)
     elif trained_on.is_file():
@@ -85,7 +90,7 @@ def choose_texts(
     else:
         found = rest
     _check_length(found, calibrate)
-    return Texts(verify, name, found)
+    return Texts(verify, name, found, examples)
 
 
 def calibration_tokens(config: ModelConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,12 +15,15 @@ from gptrt.decoding import Runner
 from gptrt.errors import DataError
 from gptrt.format import Fidelity, Golden
 
-from .data import in_order
+from .data import Batch, in_order
+from .examples import Examples
+from .loss import IGNORED
 
 Ids = NDArray[np.uint32]
 Reference = Callable[[Tensor], Tensor]  # ids [batch, length] -> logits [batch, length, vocab]
 
 _LOGITS_BYTES = 64 << 20  # of one batch of windows
+_READ_FOR_ANSWERS = 4  # tokens read for each that is to be judged: answers are short
 _GREEDY_PROMPTS, _GREEDY_PROMPT, _GREEDY_LENGTH = 16, 32, 32
 _GOLDEN_PROMPT, _GOLDEN_LENGTH, _GOLDEN_COUNT = 16, 32, 3
 # Kernels of two processors differ in the last bits; a lead below this could turn there.
@@ -35,30 +38,39 @@ def measure(
     text: str,
     tokens: int,
     window: int | None = None,
+    examples: Examples | None = None,
 ) -> Fidelity:
     """Perplexities, mean KL divergence and top-1 agreement over the first `tokens` of `ids`.
 
     Windows of `window` ids, or of the whole context, none overlapping; every position of a window
-    predicts the next id. Raises DataError if there are less than two ids.
+    predicts the next id. Where `ids` are `examples` of a task, each is read alone and its answer is
+    what counts. Raises DataError if there are less than two ids.
     """
     if len(ids) < 2:
         raise DataError("text of two tokens or more", found=f"{len(ids)}", do="give a longer text")
     length = min(window or decoder.context, len(ids) - 1)
-    count = max(1, min(tokens, len(ids) - 1) // length)
-    size = max(1, _LOGITS_BYTES // (4 * length * decoder.vocab_size))
-    sums = np.zeros(4)
-    for windows in in_order(ids[: count * length + 1], length, size):
-        sums += _compare(decoder, model, windows)
-    nll, nll_reference, kl, agree = sums / (count * length)
+    read = max(1, min(tokens, len(ids) - 1) // length) * length
+    row = length if examples is None else max(examples.lengths)
+    size = max(1, _LOGITS_BYTES // (4 * row * decoder.vocab_size))
+    batches: Iterator[Batch] = (
+        map(Batch.whole, in_order(ids[: read + 1], length, size))
+        if examples is None
+        else examples.one_by_one(_READ_FOR_ANSWERS * tokens, size)
+    )
+    sums, predicted = np.zeros(4), 0
+    for batch in batches:
+        sums += _compare(decoder, model, batch)
+        predicted += int((batch.targets != IGNORED).sum())
+    nll, nll_reference, kl, agree = sums / predicted
     return Fidelity(
         text=text,
-        tokens=count * length,
+        tokens=predicted,
         perplexity=_exp(nll),
         perplexity_reference=_exp(nll_reference),
         perplexity_ratio=_exp(nll - nll_reference),
         kl=float(kl),
         top1=float(agree),
-        greedy=greedy_agreement(decoder, model, ids[: count * length]),
+        greedy=greedy_agreement(decoder, model, ids[:read]),
     )
 
 
@@ -67,12 +79,14 @@ def _exp(nats: float) -> float:
 
 
 @torch.no_grad()
-def _compare(decoder: Runner, model: Reference, windows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Sums over a batch of windows [batch, length + 1]: nll, reference nll, KL, agreements."""
-    inputs, targets = windows[:, :-1], torch.from_numpy(windows[:, 1:])
+def _compare(decoder: Runner, model: Reference, batch: Batch) -> NDArray[np.float64]:
+    """Sums over the targets of a batch that count: nll, reference nll, KL, agreements."""
+    inputs, targets = batch.inputs, torch.from_numpy(batch.targets)
     cache = decoder.new_cache(inputs.shape[1], batch=len(inputs))
+    counted = targets != IGNORED
     found = _log_probs(torch.from_numpy(decoder.run(np.ascontiguousarray(inputs), cache, keep=0)))
     wanted = _log_probs(model(torch.from_numpy(inputs)))
+    found, wanted, targets = (rows[counted] for rows in (found, wanted, targets))
     nll, nll_reference = (_nll(log_probs, targets) for log_probs in (found, wanted))
     kl = (wanted.exp() * (wanted - found)).sum().item()
     agree = (found.argmax(-1) == wanted.argmax(-1)).sum().item()
@@ -80,7 +94,7 @@ def _compare(decoder: Runner, model: Reference, windows: NDArray[np.int64]) -> N
 
 
 def _log_probs(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits.float(), dim=-1)  # [batch, length, vocab]
+    return F.log_softmax(logits.float(), dim=-1)  # [..., vocab]
 
 
 def _nll(log_probs: Tensor, targets: Tensor) -> float:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from export.checkpoint import (
     Checkpoint,
     load_checkpoint,
+    resolve_checkpoint,
     save_checkpoint,
     save_tensors,
     write_json,
@@ -278,11 +279,21 @@ def test_peft_computes_with_an_adapter_what_we_do(shape: Any, tmp_path: Path) ->
         torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_an_adapted_run_resumes_bit_for_bit_and_leaves_the_base_alone(
-    run: Run, reviews: Path, tmp_path: Path
+    run: Run, reviews: Path, tmp_path: Path, kind: str
 ) -> None:
     task = ("finetune", "--task", "classification", "--from", run.path, "--data", reviews)
-    lora = ("--lora-rank", 2, "--lora-target", "attn.c_attn", "--lora-target", "mlp.c_fc")
+    lora = (
+        "--set",
+        f"optimizer.kind={kind}",
+        "--lora-rank",
+        2,
+        "--lora-target",
+        "attn.c_attn",
+        "--lora-target",
+        "mlp.c_fc",
+    )
     for name in ("whole", "parts"):
         out = tmp_path / name
         result = run_cli(
@@ -315,9 +326,22 @@ def test_a_task_is_learnt_and_travels_with_the_weights(tuned: Run, tmp_path: Pat
     with open_checkpoint_generator(checkpoint) as generator:
         accuracy, *_ = evaluate(generator, test)
     assert accuracy.value == 100
-    options = ConvertOptions("none", verify_text=tuned.path / "data" / "train.jsonl")
-    convert(tuned.path, tmp_path / "bundle", options)
+    convert(tuned.path, tmp_path / "bundle", ConvertOptions("none"))
     assert read_manifest(tmp_path / "bundle").task == checkpoint.task
+
+
+def test_a_bundle_is_judged_by_the_answers_that_the_run_validated_by(
+    tuned: Run, tmp_path: Path
+) -> None:
+    """The loss that training wrote down, to the digit, is that of the same answers."""
+    fidelity = convert(tuned.path, tmp_path / "bundle", ConvertOptions("none")).fidelity
+    assert fidelity is not None and "answers" in fidelity.text
+    log = map(json.loads, (tuned.path / "log.jsonl").read_text().splitlines())
+    logged = {line["step"]: line["perplexity"] for line in log if "perplexity" in line}
+    best = int(resolve_checkpoint(tuned.path).name.removeprefix("step-"))
+    assert fidelity.perplexity_reference == pytest.approx(logged[best], rel=1e-5)
+    (batch,) = Examples.open(tuned.valid_ids).in_order(1)
+    assert fidelity.tokens == (batch.targets != IGNORED).sum() < batch.inputs.size / 3
 
 
 def test_labels_that_nothing_was_learnt_of_are_refused(
