@@ -65,7 +65,13 @@ _READING = (
 )
 _JUDGING = (
     *("--task", "classification", "--prompt", "Review: {text}\nSentiment:"),
-    *("--epochs", "3", "--set", "prompt_share=0.3", "--set", "eval_every=60"),
+    *("--set", "prompt_share=0.3"),
+)
+_WHOLE = ("--epochs", "3", "--set", "eval_every=60")
+# An adapter moves in few directions, and finds them by many small steps rather than by few large.
+_ADAPTER = (
+    *("--lora-rank", "5", "--lora-alpha", "20", "--epochs", "6", "--set", "eval_every=480"),
+    *("--set", "batch_size=1", "--set", "optimizer.lr=0.003"),
 )
 _LABELS = {"1": "good", "0": "bad"}
 
@@ -76,8 +82,7 @@ def sentiment(args: argparse.Namespace) -> None:
     train, test = split_reviews(args.data, args.out)
     reader = finetune(Recipe("reader", _READING), [train], args)
     judging = (*_JUDGING, "--test", str(test))
-    adapter = ("--lora-rank", "4", "--lora-alpha", "16")
-    for name, more in (("sentiment", ()), ("sentiment-lora", adapter)):
+    for name, more in (("sentiment", _WHOLE), ("sentiment-lora", _ADAPTER)):
         run = finetune(Recipe(name, (*judging, *more), reader), [train], args)
         compare(name, [run, *bundles(run)], run, args.out)
     wanted = [row["answer"] for row in table(test)]
