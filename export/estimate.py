@@ -1,7 +1,7 @@
 """Before a training: how much data, how long, how much memory.
 
 Data by published laws, time and memory by measurement: a process of its own prepares a temporary
-run as `train` would, and takes a few steps of it.
+run as `train` or `finetune` would, and takes a few steps of it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -42,20 +43,20 @@ _STATES = 3  # of every parameter at least: its value, its gradient, a moment
 _PLACEHOLDER = 64  # ids of a text that stands in until random ids take its place
 
 
+Planner = Callable[[Path], RunPlan]  # with a folder for what the plan needs on disk
+
+
 @dataclass(frozen=True)
 class Request:
-    """What is to be estimated: a training as `train` would be asked for it, and a few steps to
-    measure (0: none).
+    """What is to be estimated: the training that `plan` makes a plan of, in this process and in
+    another one; and a few steps to measure (0: none).
 
-    `inference_tokens` are those that the model will read and write in its life. Without `texts` the
-    steps take random ids.
+    `inference_tokens` are those that the model will read and write in its life. The steps read what
+    the plan names, or `random_ids`.
     """
 
-    preset: str | None = None
-    checkpoint: Path | None = None
-    texts: tuple[Path, ...] = ()
-    device: str = "auto"
-    settings: dict[str, str] = field(default_factory=dict)
+    plan: Planner
+    random_ids: bool = False
     target_tokens: int | None = None
     inference_tokens: int | None = None
     steps: int = 6
@@ -63,17 +64,20 @@ class Request:
 
 
 def estimate(request: Request) -> Estimate:
-    """Raises what `plan_run` does, OptionError for more memory than there is, TrainingError."""
+    """Raises what `plan` does, OptionError for more memory than there is, TrainingError."""
     with tempfile.TemporaryDirectory(prefix="gptrt-estimate-") as folder:
-        plan = _plan(request, Path(folder))  # raises for what is wrong with it, before any work
-        model = plan.start.config if isinstance(plan.start, Checkpoint) else plan.start
+        plan = request.plan(Path(folder))  # raises for what is wrong with it, before any work
         if not request.steps:
-            if not request.texts:
-                return _estimate(request, plan, model, None, None)
+            if request.random_ids:
+                return _estimate(request, plan, None, None)
             return _measured(request, Path(folder))
-        _check_memory(count_parameters(model)[0], request)
+        _check_memory(count_parameters(_shape(plan))[0], plan.device)
         del plan  # and its weights: the child has its own
         return in_child(_measured, request, Path(folder))
+
+
+def _shape(plan: RunPlan) -> ModelConfig:
+    return plan.start.config if isinstance(plan.start, Checkpoint) else plan.start
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -105,15 +109,41 @@ def in_child(function: Callable[..., T], *arguments: object) -> T:
 # --- what is planned ----------------------------------------------------------------------------
 
 
-def _plan(request: Request, folder: Path) -> RunPlan:
-    """The training that is asked for; without texts, one of a text that only stands in."""
+def texts_request(
+    preset: str | None,
+    checkpoint: Path | None,
+    texts: Sequence[Path],
+    device: str,
+    settings: Mapping[str, str],
+    **limits: Any,
+) -> Request:
+    """Of a training as `train` would be asked for it; without texts, on random ids."""
+    plan = partial(_plan_texts, preset, checkpoint, tuple(texts), device, dict(settings))
+    return Request(plan, random_ids=not texts, **limits)
+
+
+def tables_request(plan: Callable[[], RunPlan], **limits: Any) -> Request:
+    """Of a fine-tuning that `plan` plans; another process must be able to call it, too."""
+    return Request(partial(_plan_tables, plan), **limits)
+
+
+def _plan_tables(plan: Callable[[], RunPlan], _folder: Path) -> RunPlan:
+    return plan()
+
+
+def _plan_texts(
+    preset: str | None,
+    checkpoint: Path | None,
+    texts: Sequence[Path],
+    device: str,
+    settings: dict[str, str],
+    folder: Path,
+) -> RunPlan:
+    """Without texts the plan names one that only stands in."""
     stand_in = folder / "stand-in.txt"
     stand_in.touch()
-    texts = list(request.texts) or [stand_in]
-    plan = plan_run(
-        *(request.preset, request.checkpoint, texts, [], request.device, request.settings)
-    )
-    if request.texts:
+    plan = plan_run(preset, checkpoint, list(texts) or [stand_in], [], device, settings)
+    if texts:
         return plan
     if isinstance(plan.start, Checkpoint):
         tokenizer, vocab_size = plan.start.tokenizer, plan.start.config.vocab_size
@@ -134,11 +164,10 @@ def _number_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _check_memory(parameters: int, request: Request) -> None:
+def _check_memory(parameters: int, device: str) -> None:
     """A system that runs out of memory may end other programs than this one."""
     needed, there = 4 * _STATES * parameters, _physical_memory()
-    on_gpu = request.device != "cpu" and torch.cuda.is_available()
-    if there is not None and needed > there and not on_gpu:
+    if there is not None and needed > there and device == "cpu":
         raise OptionError(
             f"{needed / 1e9:.1f} GB of memory at least, for {parameters:,} parameters with their "
             "gradients and moments",
@@ -170,16 +199,16 @@ class _Measured:
 
 
 def _measured(request: Request, folder: Path) -> Estimate:
-    plan = _plan(request, folder)
+    plan = request.plan(folder)
     with ProgressBar("measuring", quiet=request.quiet) as bar:
         run = create_run(folder / "run", plan, bar.update)
-        if request.texts:
-            counts = len(open_ids(run.train_ids)), len(open_ids(run.valid_ids))
-        else:
-            counts = None
+        counts = None
+        if request.random_ids:
             _fill_with_random_ids(run, request.steps)
+        else:
+            counts = len(open_ids(run.train_ids)), len(open_ids(run.valid_ids))
         measured = _take_steps(run, request.steps, counts, bar) if request.steps else None
-    return _estimate(request, plan, run.config.model, counts, measured)
+    return _estimate(request, plan, counts, measured)
 
 
 def _fill_with_random_ids(run: Run, steps: int) -> None:
@@ -242,11 +271,10 @@ def _peak_bytes() -> int:
 def _estimate(
     request: Request,
     plan: RunPlan,
-    model: ModelConfig,
     counts: tuple[int, int] | None,
     measured: _Measured | None,
 ) -> Estimate:
-    train, (parameters, inner) = plan.train, count_parameters(model)
+    train, (parameters, inner) = plan.train, count_parameters(_shape(plan))
     step_tokens = tokens_per_step(train)
     step_s = 0.0  # its share of evaluations included
     if measured is not None:
@@ -255,7 +283,7 @@ def _estimate(
     if train.max_time is not None and step_s:
         planned_steps = min(planned_steps, math.ceil(train.max_time / step_s))
     planned, optimal = planned_steps * step_tokens, LAW.optimal_tokens(parameters)
-    fine_tuning = request.checkpoint is not None
+    fine_tuning = isinstance(plan.start, Checkpoint)
     target = float(request.target_tokens or (planned if fine_tuning else optimal))
     demand = request.inference_tokens
     return Estimate(

@@ -184,6 +184,7 @@ def compare(
     data: Path,
     read: Callable[[Task], list[Example]],
     *,
+    asked: Task | None = None,
     extract: bool = False,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
@@ -192,19 +193,20 @@ def compare(
     """Evaluate models one after another on the examples that `read` gives for their tasks, `limit`
     of them from all over the table.
 
-    A model without a task gets that of the first that has one: so a fine-tuned model can be seen
-    beside what it came from. All tasks and tables are read before the first model runs.
+    A model without a task gets the one that is `asked` for, or else that of the first that has one:
+    so a fine-tuned model can be seen beside what it came from. All tasks and tables are read before
+    the first model runs.
     """
     own = {str(path): task_of(path) for path in models}
-    taught = next((task for task in own.values() if task is not None), None)
+    taught = next((task for task in (asked, *own.values()) if task is not None), None)
     if taught is None:
         raise OptionError(
-            "a model that was fine-tuned for a task",
+            "a model that was fine-tuned for a task, or --task",
             found=", ".join(own) + " without one",
-            do="make one with `gptrt-export finetune`",
+            do="make one with `gptrt-export finetune`, or say what to ask of it",
         )
     tasks = {path: task or taught for path, task in own.items()}
-    if len(kinds := {task.kind for task in tasks.values()}) > 1:
+    if len(kinds := {task.kind for task in (taught, *tasks.values())}) > 1:
         raise OptionError(
             "models of one kind of task", found=", ".join(sorted(kinds)), do="evaluate them apart"
         )

@@ -122,6 +122,13 @@ def plan_finetuning(
     )
 
 
+def asked_task(kind: Kind, prompt: str | None, tables: Tables) -> Task:
+    """The task that the examples of `tables.data` are of, for a model that was not taught one.
+    Raises OptionError, DataError."""
+    task = _template(kind, prompt)
+    return _with_labels(task, read_examples(tables.data, task, tables))
+
+
 def rows_per_step(train: TrainConfig) -> int:
     return train.batch_size * train.grad_accum
 

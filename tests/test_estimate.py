@@ -11,7 +11,7 @@ import pytest
 
 from export import estimate as module
 from export.cli import main as gptrt_export
-from export.estimate import Request, count_parameters, estimate, in_child
+from export.estimate import count_parameters, estimate, in_child, texts_request
 from export.model import GPT
 from export.needs import describe
 from export.runs import Run, tokens_per_step
@@ -87,7 +87,9 @@ def test_a_training_from_scratch_is_measured_on_random_ids() -> None:
 
 def test_fine_tuning_is_measured_on_its_own_text(run: Run, text_file: Path) -> None:
     settings = {"seq_len": "16", "batch_size": "2", "max_steps": "30"}
-    found = estimate(Request(None, run.path, (text_file,), settings=settings, steps=1, quiet=True))
+    found = estimate(
+        texts_request(None, run.path, [text_file], "auto", settings, steps=1, quiet=True)
+    )
     assert found.fine_tuning
     assert found.data is not None and found.speed is not None
     assert found.data.train_tokens == run.train_ids.stat().st_size // 4
@@ -99,9 +101,25 @@ def test_fine_tuning_is_measured_on_its_own_text(run: Run, text_file: Path) -> N
     assert "tokens/s on cpu, median of 1 steps of 32 tokens" in lines["speed"]
 
 
+def test_a_task_is_measured_with_its_adapter_and_nothing_is_written(
+    run: Run, tmp_path: Path
+) -> None:
+    table = tmp_path / "reviews.tsv"
+    rows = [f"king {n} was {('old', 'wise')[n % 2]}\t{n % 2}" for n in range(100)]
+    table.write_text("\n".join(["text\tanswer", *rows]))
+    task = ("finetune", "--task", "classification", "--from", run.path, "--data", table)
+    small = ("--set", "seq_len=64", "--set", "batch_size=1", "--lora-rank", 2, "--estimate")
+    result = run_cli(gptrt_export, *task, "--out", tmp_path / "run", *small)
+    assert result.exit_code == 0, result.output
+    assert "tokens/s on cpu, median of 6 steps of 64 tokens" in result.stdout
+    assert "not for fine-tuning" in result.stdout
+    assert not (tmp_path / "run").exists()
+    result = run_cli(gptrt_export, *task, "--out", tmp_path / "run", "--label", "0=bad", *small)
+    assert_refused(result, "reviews.tsv:3: label '1'")
+
+
 def test_without_steps_nothing_is_trained_and_the_text_is_counted(text_file: Path) -> None:
-    request = Request("nano-char", texts=(text_file,), steps=0, quiet=True)
-    found = estimate(request)
+    found = estimate(texts_request("nano-char", None, [text_file], "cpu", {}, steps=0, quiet=True))
     assert found.speed is None and found.data is not None
     total = found.data.train_tokens + found.data.valid_tokens
     assert total == len(text_file.read_text())  # a character is a token
@@ -111,9 +129,10 @@ def test_without_steps_nothing_is_trained_and_the_text_is_counted(text_file: Pat
 
 def test_max_time_ends_the_plan(run: Run, tmp_path: Path) -> None:
     measured = module._Measured(6, 2.0, 8.0, 1, None, 1)
-    request = Request(None, run.path, settings={"max_time": "100", "eval_every": "4"})
-    plan = module._plan(request, tmp_path)
-    found = module._estimate(request, plan, run.config.model, None, measured)
+    settings = {"max_time": "100", "eval_every": "4"}
+    request = texts_request(None, run.path, [], "cpu", settings)
+    plan = request.plan(tmp_path)
+    found = module._estimate(request, plan, None, measured)
     assert found.planned_steps == 25  # of 2 seconds, and a quarter of 8
     assert found.planned_tokens == 25 * tokens_per_step(plan.train)
 
@@ -123,7 +142,7 @@ def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(
 ) -> None:
     monkeypatch.setattr(module, "_physical_memory", lambda: 1_000_000)
     with pytest.raises(OptionError, match=r"0\.0 GB in this machine.*--steps 0"):
-        estimate(Request("nano-char", device="cpu"))
+        estimate(texts_request("nano-char", None, [], "cpu", {}))
 
 
 def test_a_process_that_is_killed_says_so() -> None:

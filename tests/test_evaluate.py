@@ -399,6 +399,9 @@ def test_json_has_the_same_in_one_object(taught: tuple[Path, Path, Path]) -> Non
         (["--data", "{table}", "--field", "text"], "KEY=VALUE"),
         (["--data", "{table}", "--answer", "text"], "--label"),
         (["--data", "{table}", "--extract"], "--extract"),
+        (["--data", "{table}", "--prompt", "no field"], "--task"),
+        (["--data", "{table}", "--task", "translation"], "classification, translation"),
+        (["--data", "{table}", "--task", "classification", "--prompt", "no field"], "--prompt"),
         (["--data", "{table}", "--out", "/no/such/folder/table.md"], "/no/such/folder"),
         (["nowhere", "--data", "{table}"], "checkpoint in nowhere"),
     ],
@@ -418,6 +421,22 @@ def test_wrong_input_is_refused_before_any_model_runs(
 def test_models_without_any_task_are_refused(run: Run, taught: tuple[Path, Path, Path]) -> None:
     result = run_cli(gptrt_export, "evaluate", run.path, "--data", taught[2])
     assert_refused(result, "fine-tuned for a task", "finetune")
+
+
+def test_a_model_without_a_task_can_be_asked_for_one(
+    run: Run, taught: tuple[Path, Path, Path]
+) -> None:
+    checkpoint, _, table = taught
+    plain, like = (
+        run_cli(gptrt_export, "evaluate", path, "--data", table, "--json", *more)
+        for path, more in (
+            (run.path, ("--task", "classification", "--prompt", MOODS.prompt)),
+            (checkpoint, ()),
+        )
+    )
+    assert plain.exit_code == 0, plain.output
+    scores = [next(iter(json.loads(r.stdout)["scores"].values())) for r in (plain, like)]
+    assert scores[0]["accuracy"] == scores[1]["accuracy"]
 
 
 def test_models_of_different_tasks_are_refused(
