@@ -16,10 +16,10 @@ from typing import Literal
 
 from gptrt.beams import Beam, BeamSearch
 from gptrt.config import GenerationConfig
-from gptrt.constraint import Guide
 from gptrt.decoding import Continuation, Progress, Reading, Row, Runner, Slab, search, write
 from gptrt.draft import DraftModel
 from gptrt.errors import OptionError, PromptError
+from gptrt.guide import Guide
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
 from gptrt.results import Generation, Timings
 from gptrt.sampling import Sampler, fresh_seed

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptrt.constraint import Constraint, Grammar, Guide, JsonSchema, Regex
+from gptrt.constraint import Constraint, Grammar, JsonSchema, Regex
 from gptrt.errors import DependencyError, OptionError
+from gptrt.guide import Guide
 from gptrt.tokenizer import Tokenizer
 
 from .fakes import (
@@ -424,5 +425,5 @@ def test_what_is_compiled_lives_as_long_as_its_tokenizer() -> None:
 
 
 def test_importing_constraints_does_not_import_llguidance() -> None:
-    code = "import sys, gptrt.constraint; sys.exit('llguidance' in sys.modules)"
+    code = "import sys, gptrt.guide; sys.exit('llguidance' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,421 @@
+"""A text that follows a constraint, whatever the model.
+
+llguidance (https://github.com/guidance-ai/llguidance) says which ids may come next. What is added
+here: the bytes that each id stands for, in every kind of tokenizer, and the closing. A model that
+rambles on would leave its text open where the room for it ends, so a guide always knows an ending
+that fits, and lets nothing through after which there is none.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptrt.constraint import Constraint, refused, source
+from gptrt.errors import DependencyError, OptionError, first_line
+from gptrt.least import LONGEST, stride
+from gptrt.spelling import Spelling, SpellsIds
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Logits = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+_ATTEMPTS = (1024, *[256] * 48, LONGEST)  # at an ending: choices until it is given up
+_LIKELY = 256  # ids that are tried near the end of the room
+_SEARCHED = 8  # of these, so many may need another ending than the one that is known
+
+
+class Guide:
+    """The state of one sequence under a constraint.
+
+    For every new id: `filter` its logits, choose, `advance`; and stop once it is `finished`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: _Vocabulary,
+        finder: _Finder,
+        matcher: LLMatcher,
+        ending: list[int],
+        stride: int,
+    ) -> None:
+        self._vocabulary, self._finder, self._matcher = vocabulary, finder, matcher
+        self._written = 0  # ids of text
+        self._ended = 0  # ids of its end
+        self._stride = stride  # by how much one id can make the shortest ending longer
+        # An ending: one from here if `sure`, else from a few ids ago. `bound`: its length at most.
+        self._ending, self._sure, self._bound = ending, True, float(len(ending))
+        self._endings: dict[int, list[int]] = {}  # after each id that the closing let through
+        self._room = math.inf
+        self._mask: Mask | None = None
+
+    @classmethod
+    def compile(cls, constraint: Constraint, tokenizer: SpellsIds, vocab_size: int) -> Guide:
+        """A guide at the beginning of a text. What is compiled is kept with the tokenizer.
+
+        Raises OptionError for a constraint that is malformed or that no text can meet,
+        DependencyError without llguidance.
+        """
+        try:
+            import llguidance  # noqa: F401
+        except ImportError as e:
+            raise DependencyError(
+                "llguidance, for constraints", found=str(e), do="pip install 'gptrt[structured]'"
+            ) from e
+        return _vocabulary(tokenizer, vocab_size).guide(constraint).fork()
+
+    def fork(self) -> Guide:
+        """A copy that goes its own way."""
+        twin = copy.copy(self)
+        twin._matcher = self._matcher.deep_copy()
+        return twin
+
+    def filter(self, logits: Logits, room: int) -> Logits:
+        """Remove every id that is forbidden, or after which the text could not end in time.
+
+        `room` is for how many ids there is room, this one included. Near its end only the
+        likeliest ids are tried, and so kept. Raises OptionError where no text fits the room.
+        """
+        self._room = room
+        mask = self._allowed()
+        if self._near_the_end():
+            kept = self._closing(mask, logits)
+            mask = kept if kept.any() else self._closing(mask, None)
+        if not mask.any():
+            raise self._stuck()
+        return np.where(mask, logits, np.float32(-np.inf))
+
+    def advance(self, token: int) -> None:
+        """Take note of the id that was chosen. Raises OptionError if it is forbidden here."""
+        if token in self._vocabulary.eos and self._whole():
+            self._ended += 1
+            self._ending, self._sure = [], True
+        elif not self._ended and self._vocabulary.consumes(self._matcher, token):
+            self._written += 1
+            self._foresee(token)
+        else:
+            raise OptionError(
+                "an id that the constraint allows", found=str(token), do="choose what filter leaves"
+            )
+        self._bound = len(self._ending) if self._sure else self._bound + self._stride
+        self._room = max(0, self._room - 1)
+        self._mask, self._endings = None, {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but the end of the text may follow.
+
+        Where no id says that it ends, a whole text is also finished that has too little room left
+        to become another.
+        """
+        if not self._whole():
+            return False
+        others = self._allowed() & ~self._vocabulary.ends
+        if self._vocabulary.eos or not others.any():
+            return not others.any()
+        return self._near_the_end() and not self._closing(others, None).any()
+
+    def forced(self) -> list[int]:
+        """The ids that come next whatever the model says: a draft that is always right."""
+        return [] if self._ended else self._matcher.compute_ff_tokens()
+
+    def rewind(self, n: int) -> None:
+        """Take back the last `n` ids. Raises OptionError if there are not so many."""
+        if not 0 <= n <= self._written + self._ended:
+            raise OptionError(
+                f"to take back 0 to {self._written + self._ended} ids", found=str(n), do="correct n"
+            )
+        text = max(0, n - self._ended)
+        self._matcher.rollback(text)
+        self._written, self._ended = self._written - text, self._ended - (n - text)
+        self._sure, self._bound, self._room = False, math.inf, math.inf
+        self._mask, self._endings = None, {}
+
+    def _whole(self) -> bool:
+        return bool(self._ended) or self._matcher.is_accepting()
+
+    def _allowed(self) -> Mask:
+        """The ids that llguidance lets through, and the end of the text exactly where it is."""
+        if self._mask is None:
+            mask = np.zeros(self._vocabulary.size, bool)
+            if not self._ended and not self._matcher.is_stopped():
+                mask = self._vocabulary.mask(self._matcher.compute_bitmask())
+            self._mask = np.where(self._vocabulary.ends, self._whole(), mask)
+        return self._mask
+
+    def _stuck(self) -> OptionError:
+        """No id is allowed: a limit of llguidance, or the vocabulary lacks a character."""
+        return OptionError(
+            "a constraint that can be followed with this vocabulary",
+            found=_said(self._matcher) or "none of its ids allowed",
+            do="use a simpler constraint, or a model that can write all its characters",
+        )
+
+    # The closing.
+
+    def _near_the_end(self) -> bool:
+        """Whether one more id could be too many. Only then is an ending looked for."""
+        if self._room <= self._bound + self._stride:
+            self._find_ending()
+        return self._room <= self._bound + self._stride
+
+    def _find_ending(self) -> None:
+        """Be sure of an ending from here that fits the room. Raises OptionError if there is none.
+
+        The one that was known a few ids ago is mostly one still: a string closes as it did.
+        """
+        if self._whole():
+            self._ending = []
+        elif not self._sure and not self._vocabulary.ends_with(self._matcher, self._ending):
+            self._ending = self._finder.find(self._matcher, LONGEST) or []
+            if not self._ending:
+                raise self._stuck()
+        # What is forced is forced in the tokenizer's own ids, which another may spell otherwise.
+        spelled = not self._ending or self._allowed()[self._ending[0]]
+        if len(self._ending) > self._room or not spelled:
+            limit = int(min(self._room, LONGEST))
+            self._ending = self._finder.find(self._matcher, limit) or self._ending
+        self._sure, self._bound = True, float(len(self._ending))
+        if self._bound > self._room:
+            raise OptionError(
+                f"room for {self._bound:.0f} more tokens, to end a text as it is constrained",
+                found=f"room for {self._room:.0f}",
+                do="raise max_new_tokens; where the context is full, shorten the prompt",
+            )
+
+    def _closing(self, mask: Mask, logits: Logits | None) -> Mask:
+        """Of the ids in `mask` those after which an ending fits: of the likely ones, that is.
+
+        The next id of the known ending is one, and so is the end of the text where it is allowed.
+        """
+        endings = {self._ending[0]: self._ending[1:]} if self._ending else {}
+        searches = iter(range(_SEARCHED))
+        if self._room > len(self._ending):
+            for token in self._vocabulary.likely(mask, logits):
+                ending = None if token in endings else self._ending_after(token, searches)
+                if ending is not None:
+                    endings[token] = ending
+        self._endings = endings
+        kept = mask & self._vocabulary.ends
+        kept[list(endings)] = True
+        return kept
+
+    def _ending_after(self, token: int, searches: Iterator[int]) -> list[int] | None:
+        """One that fits the room, if it is known or, while `searches` last, quickly found."""
+        room = int(self._room) - 1
+        for known in (self._ending, self._ending[1:]):
+            if len(known) <= room and self._vocabulary.ends_with(self._matcher, [token, *known]):
+                return known
+        if next(searches, None) is None:
+            return None
+        ahead = self._matcher.deep_copy()
+        return self._finder.walk(ahead, room) if ahead.consume_token(token) else None
+
+    def _foresee(self, token: int) -> None:
+        """What is known of the ending once `token` was chosen."""
+        if token in self._endings:
+            self._ending, self._sure = self._endings[token], True
+        elif self._sure and self._ending[:1] == [token]:
+            self._ending = self._ending[1:]
+        else:
+            self._sure = False
+
+
+# --- a vocabulary -------------------------------------------------------------------------------
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes it, and what was compiled for it.
+
+    It holds no reference to the tokenizer that it is kept with: they go together.
+    """
+
+    def __init__(self, tokenizer: SpellsIds, size: int) -> None:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        self.size = size
+        self.eos = frozenset(token for token in tokenizer.eos_token_ids if token < size)
+        self.ends = np.isin(np.arange(size), list(self.eos))
+        spelling = Spelling(tokenizer, size, self.eos)
+        # Without such an id llguidance adds one behind the last.
+        self._end = min(self.eos, default=size)
+        self._inner = LLTokenizer(TokenizerWrapper(spelling), eos_token=sorted(self.eos) or None)
+        self._letters = [t for t, b in enumerate(spelling.tokens) if len(b) == 1 and b.isalpha()]
+        self._in_text, self._outside, self._shortest = (
+            np.array(spelling.sorted(key), np.int64)
+            for key in (_closes_text, _closes_structure, len)
+        )
+        self.guide = lru_cache(maxsize=32)(self._compile)
+
+    def _compile(self, constraint: Constraint) -> Guide:
+        from llguidance import LLMatcher
+
+        wanted = f"a {type(constraint).__name__} that llguidance takes"
+        try:
+            matcher = LLMatcher(self._inner, source(constraint), log_level=0)
+        except ValueError as e:
+            raise refused(wanted, first_line(e)) from e
+        if matcher.is_error():
+            raise refused(wanted, _said(matcher))
+        finder = _Finder(self)
+        ending = finder.find(matcher, LONGEST)
+        if ending is None:
+            raise refused(
+                f"a constraint that {LONGEST} tokens of this vocabulary can meet", "no way to"
+            )
+        return Guide(self, finder, matcher, ending, stride(constraint))
+
+    def mask(self, bits: bytes) -> Mask:
+        """The ids that may come next, from llguidance's bitmask."""
+        packed = np.frombuffer(bits, np.uint8)
+        return np.unpackbits(packed, count=self.size, bitorder="little").view(bool)
+
+    def consumes(self, matcher: LLMatcher, token: int) -> bool:
+        """Move on by an id of text, if it is allowed."""
+        text = 0 <= token < self.size and token not in self.eos
+        return text and matcher.try_consume_tokens([token]) == 1
+
+    def ends_with(self, matcher: LLMatcher, ids: list[int]) -> bool:
+        """Whether `ids` come next, and then the end."""
+        return matcher.validate_tokens([*ids, self._end]) == len(ids) + 1
+
+    def likely(self, mask: Mask, logits: Logits | None) -> list[int]:
+        """The likeliest of the ids of text in `mask`; without logits, those likely to close it."""
+        if logits is None:
+            ids = self.closers(mask)
+        else:
+            ids = np.flatnonzero(mask & ~self.ends)
+            if len(ids) > _LIKELY:
+                ids = ids[np.argpartition(-logits[ids], _LIKELY)[:_LIKELY]]
+            ids = ids[np.argsort(-logits[ids], kind="stable")]
+        return [int(token) for token in ids[:_LIKELY]]
+
+    def closers(self, mask: Mask) -> NDArray[np.int64]:
+        """Ids in `mask`, those first that mostly close what is open."""
+        in_text = self._letters and mask[self._letters].mean() > 0.4
+        return _in_order(self._in_text if in_text else self._outside, mask)
+
+    def shortest(self, mask: Mask) -> NDArray[np.int64]:
+        """Ids in `mask`, those of the fewest bytes first."""
+        return _in_order(self._shortest, mask)
+
+
+def _in_order(order: NDArray[np.int64], mask: Mask) -> NDArray[np.int64]:
+    """Of `order` those in `mask`; mostly it is enough to look among the first."""
+    first = order[:2048]
+    found = first[mask[first]]
+    return found if len(found) else order[mask[order]]
+
+
+class _Finder:
+    """Finds short endings: from where a text is to where it is whole.
+
+    At every choice it takes what mostly closes. Where that leads in circles, it takes another the
+    next time, and keeps to that wherever the same ids may come next: a tree that was always given
+    one more branch is given a leaf, in this text and in the others under the constraint.
+    """
+
+    def __init__(self, vocabulary: _Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._turns: Counter[bytes] = Counter()  # which option to take, by the bitmask of a choice
+        self._options: dict[bytes, list[int]] = {}
+
+    def find(self, matcher: LLMatcher, limit: int) -> list[int] | None:
+        """An ending of at most `limit` ids. None if there is none, or it is too well hidden."""
+        kept = self._turns.copy()
+        for steps in _ATTEMPTS:
+            visits: Counter[bytes] = Counter()
+            ids = self.walk(matcher, limit, steps, visits)
+            if ids is not None or not visits:
+                return ids
+            circle = max(visits, key=lambda bits: visits[bits] / (1 + self._turns[bits]))
+            self._turns[circle] += 1
+        self._turns = kept
+        return None
+
+    def walk(
+        self,
+        matcher: LLMatcher,
+        limit: int,
+        steps: int = 256,
+        visits: Counter[bytes] | None = None,
+    ) -> list[int] | None:
+        """Straight on by what is preferred; `visits` counts the choices."""
+        ahead, ids = matcher.deep_copy(), list[int]()
+        for _ in range(steps):
+            if ahead.is_accepting():
+                return ids
+            step = ahead.compute_ff_tokens() or self._choice(
+                ahead, Counter() if visits is None else visits
+            )
+            ids += step
+            if not step or len(ids) > limit or ahead.try_consume_tokens(step) < len(step):
+                return None
+        return None
+
+    def _choice(self, matcher: LLMatcher, visits: Counter[bytes]) -> list[int]:
+        bits = matcher.compute_bitmask()
+        visits[bits] += 1
+        turn = self._turns[bits]
+        if not turn:
+            return self._preferred(bits)
+        if bits not in self._options:
+            self._options[bits] = self._preferred(bits) + self._others(matcher, bits)
+        options = self._options[bits]
+        return options[turn % len(options) :][:1] if options else []
+
+    def _preferred(self, bits: bytes) -> list[int]:
+        found: list[int] = self._vocabulary.closers(self._vocabulary.mask(bits))[:1].tolist()
+        return found
+
+    def _others(self, matcher: LLMatcher, bits: bytes) -> list[int]:
+        """Short ids, of those with the same effect on what may come next only one."""
+        effects: dict[bytes, int] = {}
+        for token in self._vocabulary.shortest(self._vocabulary.mask(bits))[:_LIKELY].tolist():
+            ahead = matcher.deep_copy()
+            ahead.consume_token(token)
+            effects.setdefault(ahead.compute_bitmask(), token)
+        return list(effects.values())
+
+
+def _closes_text(spelled: bytes) -> tuple[int, int]:
+    """Where any letter may come next: quotes first, then words, the longest first."""
+    if spelled[:1] == b'"' and not spelled[1:].strip(b"]}"):
+        return 0, -len(spelled)
+    return 1 if spelled.isalpha() else 2, -len(spelled)
+
+
+def _closes_structure(spelled: bytes) -> tuple[int, int]:
+    """Elsewhere: closing brackets first, then the plainest values, and last what opens more."""
+    if not spelled.strip(b"]}"):
+        return 0, -len(spelled)
+    rank = b',:1234567890ntf"[{'.find(spelled[:1])
+    return rank + 1 if rank >= 0 else 99, len(spelled)
+
+
+# Vocabularies by the tokenizer that they are of and by size: the same while it lives.
+_VOCABULARIES: WeakKeyDictionary[SpellsIds, dict[int, _Vocabulary]] = WeakKeyDictionary()
+
+
+def _vocabulary(tokenizer: SpellsIds, size: int) -> _Vocabulary:
+    sizes = _VOCABULARIES.setdefault(tokenizer, {})
+    if size not in sizes:
+        sizes[size] = _Vocabulary(tokenizer, size)
+    return sizes[size]
+
+
+def _said(matcher: LLMatcher) -> str:
+    """What is wrong, in a line; where that only announces an error, with the error."""
+    lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
+    errors = [line for line in lines[1:] if line.startswith("error: ")]
+    return " ".join(lines[:1] + (errors[-1:] if lines and lines[0].endswith(":") else []))
