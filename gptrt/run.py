@@ -1,9 +1,8 @@
 """A model over a table of any size, of which no more than a batch is in memory.
 
-Beside an output stands, until it is whole, `OUTPUT.partial` and what that is made of, in
-`OUTPUT.partial.json`. Every batch is on the disk before it counts as done, and begins as if it were
-the first. So a run that was ended at any moment goes on after its last whole batch, and gives the
-same bytes as one that was not.
+Every batch is on the disk before it counts as done (`target`), and begins as if it were the first.
+So a run that was ended at any moment goes on after its last whole batch, and gives the same bytes
+as one that was not.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gptrt import __version__
 from gptrt.answers import question
@@ -27,8 +25,8 @@ from gptrt.engine import Device
 from gptrt.errors import DataError, OptionError, PromptError, TargetError
 from gptrt.format import MANIFEST_FILE, describe_file, read_manifest
 from gptrt.generator import Generator, embedded_bundle
-from gptrt.schema import bounded, decode, read_json
 from gptrt.tables import TEXT, Row, checked_rows, no_texts, read_rows
+from gptrt.target import Made, Target, beside
 from gptrt.task import Task
 
 SUFFIXES = (".jsonl", ".csv")  # of outputs
@@ -144,7 +142,7 @@ def _check_options(job: Job, task: Task | None) -> None:
             found=str(job.output),
             do="choose another name",
         )
-    if job.input.resolve() in [path.resolve() for path in (job.output, *_beside(job.output))]:
+    if job.input.resolve() in [path.resolve() for path in (job.output, *beside(job.output))]:
         raise OptionError("an output beside the input", found="the same file", do="rename it")
     if not job.output.parent.is_dir():
         raise TargetError(
@@ -184,33 +182,6 @@ def _source(path: Path) -> tuple[Task | None, str]:
     return task, describe_file(path / MANIFEST_FILE).sha256
 
 
-# --- the output -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Made:
-    """What an output is made of: with the same a run goes on."""
-
-    gptrt: str
-    bundle: str  # sha256
-    input: str  # sha256
-    input_bytes: int
-    options: dict[str, str]
-
-    def differences(self, other: Made) -> list[str]:
-        """What the other has that is not as here."""
-        found = []
-        if self.gptrt != other.gptrt:
-            found.append(f"gptrt {other.gptrt}")
-        if self.bundle != other.bundle:
-            found.append("another bundle")
-        if (self.input, self.input_bytes) != (other.input, other.input_bytes):
-            found.append("another input")
-        names = sorted(self.options.keys() | other.options.keys())
-        pairs = [(name, other.options.get(name)) for name in names]
-        return found + [f"{n} {value}" for n, value in pairs if value != self.options.get(n)]
-
-
 def made_of(plan: Plan, source: str, *, device: Device = "auto") -> Made:
     """What the output of a plan will be made of, with a bundle that `source` stands for."""
     entry, job = describe_file(plan.job.input), plan.job
@@ -218,165 +189,6 @@ def made_of(plan: Plan, source: str, *, device: Device = "auto") -> Made:
     names = ("batch_size", "max_new_tokens", "limit", "prefix")
     options |= {name: str(getattr(job, name)) for name in names} | {"device": device}
     return Made(__version__, source, entry.sha256, entry.size, options)
-
-
-@dataclass(frozen=True)
-class State:
-    """How far an output is. With `replaces` it was begun by force, in the place of another."""
-
-    made: Made
-    replaces: bool
-    rows: int = bounded(0, 1 << 60, default=0)
-    bytes: int = bounded(0, 1 << 60, default=0)
-
-
-@dataclass
-class Target:
-    """An output in the making: `add` puts a batch into it, `finish` gives it its name."""
-
-    output: Path
-    state: State
-    begun: bool = True
-    finished: bool = False
-
-    @classmethod
-    def open(cls, output: Path, made: Made, *, rows: int, force: bool = False) -> Target:
-        """One that is new, or that goes on to its `rows` rows; nothing is written yet. Raises
-        TargetError for what is taken or was begun otherwise."""
-        partial, state_file = _beside(output)
-        taken = output.exists()
-        if force or not state_file.exists():
-            if not force and (taken or partial.exists()):
-                raise TargetError(
-                    f"nothing at {output if taken else partial} yet",
-                    found="a file",
-                    do="choose another output, or replace it with --force",
-                )
-            return cls(output, State(made, replaces=taken), begun=False)
-        value = read_json(state_file, error=TargetError)
-        anew = f"start anew with --force, which removes {partial}"
-        state = decode(State, value, error=TargetError, source=str(state_file), do=anew)
-        if others := made.differences(state.made):
-            raise TargetError(
-                f"to go on with {partial} as it was begun",
-                found=f"it was begun with {', '.join(others)}",
-                do=f"give the same again, or {anew}",
-            )
-        size = partial.stat().st_size if partial.exists() else 0
-        whole = State(made, state.replaces, rows, output.stat().st_size if taken else 0)
-        if taken and not partial.exists() and state == whole:
-            return cls(output, state, finished=True)  # ended between the last two steps
-        if size < state.bytes or (taken and not state.replaces):
-            raise TargetError(
-                f"{partial} of {state.bytes} bytes or more, and nothing at {output}",
-                found=f"{size} bytes" + (f" and {output}" if taken else ""),
-                do=anew,
-            )
-        return cls(output, state)
-
-    @contextmanager
-    def writing(self) -> Iterator[IO[bytes]]:
-        """What is done so far, open at its end. Raises TargetError, also if another run has it."""
-        partial, state_file = _beside(self.output)
-        try:
-            if not self.begun:
-                _remove(partial)  # before what says how much of it counts
-                _write_state(state_file, self.state)
-                self.begun = True
-            with partial.open("ab") as stream:
-                _lock(stream, partial)
-                self._check_unchanged(stream)
-                stream.truncate(self.state.bytes)  # what follows is a batch that is not whole
-                yield stream
-        except OSError as e:
-            raise TargetError(
-                f"to write {e.filename or partial}",
-                found=e.strerror or str(e),
-                do="see to it and repeat the command: it goes on where it ended",
-            ) from e
-
-    def _check_unchanged(self, stream: IO[bytes]) -> None:
-        """Between reading the state and locking the file another run may have gone on with it."""
-        state_file = _beside(self.output)[1]
-        value = read_json(state_file, error=TargetError) if state_file.exists() else None
-        if value != asdict(self.state) or os.fstat(stream.fileno()).st_size < self.state.bytes:
-            raise TargetError(
-                f"{self.output} for this run alone",
-                found="another one that went on with it",
-                do="repeat the command when that has ended",
-            )
-
-    def add(self, stream: IO[bytes], data: bytes, rows: int) -> None:
-        """So many rows more. They count once they are on the disk."""
-        stream.write(data)
-        _onto_disk(stream)
-        done = replace(self.state, rows=self.state.rows + rows, bytes=self.state.bytes + len(data))
-        _write_state(_beside(self.output)[1], done)
-        self.state = done
-
-    def finish(self) -> None:
-        partial, state_file = _beside(self.output)
-        if not self.finished:
-            partial.replace(self.output)
-            _sync_folder(self.output.parent)
-        self.finished = True
-        state_file.unlink(missing_ok=True)
-
-
-def _beside(output: Path) -> tuple[Path, Path]:
-    """Where an output grows, and what says how far it is."""
-    return output.with_name(f"{output.name}.partial"), output.with_name(
-        f"{output.name}.partial.json"
-    )
-
-
-def _remove(partial: Path) -> None:
-    """What is not wanted any more. Raises TargetError if a run is writing it."""
-    if partial.exists():
-        with partial.open("ab") as stream:
-            _lock(stream, partial)
-        partial.unlink()
-
-
-def _write_state(path: Path, state: State) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f"{path.name}.part")
-    with draft.open("wb") as stream:
-        stream.write(json.dumps(asdict(state)).encode())
-        _onto_disk(stream)
-    draft.replace(path)
-    _sync_folder(path.parent)
-
-
-def _onto_disk(stream: IO[bytes]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """The names in it: without this a power cut may undo a rename."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems know no such thing
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(stream: IO[bytes], path: Path) -> None:
-    """Until the file is closed, however that comes about. Raises TargetError."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise TargetError(
-            f"{path} for this run alone", found="another one that writes it", do="wait for its end"
-        ) from e
 
 
 # --- the work -------------------------------------------------------------------------------------

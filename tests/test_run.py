@@ -24,7 +24,8 @@ from gptrt.cli import main as gptrt
 from gptrt.errors import DataError, OptionError, TargetError
 from gptrt.format import MANIFEST_FILE
 from gptrt.generator import Generator, embedded_bundle
-from gptrt.run import Job, Report, Target, carry_out, made_of, plan_for
+from gptrt.run import Job, Report, carry_out, made_of, plan_for
+from gptrt.target import Target
 from gptrt.task import Task
 from gptrt.testing import FakeDecoder, byte_tokenizer
 from tests.conftest import assert_refused, run_cli
@@ -444,7 +445,8 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from gptrt.generator import Generator
-from gptrt.run import Job, Target, carry_out, made_of, plan_for
+from gptrt.run import Job, carry_out, made_of, plan_for
+from gptrt.target import Target
 from gptrt.task import Task
 from gptrt.testing import FakeDecoder, byte_tokenizer
 
