@@ -3,11 +3,12 @@
     python -m benchmarks.tasks sentiment  RT_POLARITY.tsv --out results
     python -m benchmarks.tasks summaries  SCITLDR         --out results
     python -m benchmarks.tasks translation EN_XX.tsv      --out results
+    python -m benchmarks.tasks style       PLAYS.txt      --out results
 
 Every step is a command that a user would type, and is printed. A run that exists already is taken
 up where it is, so the whole can be interrupted. The baselines are those that people reach for
 first: words counted and weighed (TF-IDF) under a logistic regression, the first sentence of a text,
-and the translation of the sentence that is most alike.
+the translation of the sentence that is most alike, and the model as it was before.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,13 @@ Rows = list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("task", choices=("sentiment", "summaries", "translation"))
+    parser.add_argument("task", choices=list(_TASKS))
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--max-time", type=float, help="Seconds of training, for each model.")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    {"sentiment": sentiment, "summaries": summaries, "translation": translation}[args.task](args)
+    _TASKS[args.task](args)
 
 
 # --- sentiment ----------------------------------------------------------------------------------
@@ -185,6 +186,25 @@ def nearest_translations(train: Rows, test: Rows) -> list[str]:
     return [as_list(train[int(n)]["answer"])[0] for n in found[:, 0]]
 
 
+# --- style --------------------------------------------------------------------------------------
+
+
+def style(args: argparse.Namespace) -> None:
+    """To write like the texts of a file between which lines are empty."""
+    texts = [part.strip() for part in args.data.read_text("utf-8").split("\n\n")]
+    read = args.out / "texts.jsonl"
+    write_table(read, [Example({}, (text,)) for text in texts if text])
+    recipe = Recipe(
+        "style",
+        (
+            *("--task", "lm", "--column", "answer=text", "--epochs", "3"),
+            *("--set", "optimizer.lr=0.001", "--set", "optimizer.matrix_lr=0.006"),
+        ),
+    )
+    run = finetune(recipe, [read], args)
+    compare("style", [_DEFAULT, run, *bundles(run)], run, args.out)
+
+
 # --- steps --------------------------------------------------------------------------------------
 
 
@@ -238,6 +258,13 @@ def table(path: Path) -> Rows:
 def as_list(value: Any) -> list[str]:
     return value if isinstance(value, list) else [value]
 
+
+_TASKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "sentiment": sentiment,
+    "summaries": summaries,
+    "translation": translation,
+    "style": style,
+}
 
 if __name__ == "__main__":
     main()

@@ -12,5 +12,5 @@ cd "$(dirname "$0")/.."
 
 gptrt-export finetune --task lm --from "${BASE:-models/tales}" --data "$table" --out "$out/run" "$@"
 gptrt-export convert "$out/run" --out "$out/bundle" --quantize int8 ${CONVERT:-}
-gptrt-export evaluate "$out/run" "$out/bundle" --data "$out/run/data/test.jsonl"
+gptrt-export evaluate "${BASE:-models/tales}" "$out/run" "$out/bundle" --data "$out/run/data/test.jsonl"
 gptrt generate "$out/bundle" "The" --max-new-tokens 40 --temperature 0.8 --seed 1
