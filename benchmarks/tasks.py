@@ -71,8 +71,8 @@ _JUDGING = (
 _WHOLE = ("--epochs", "3", "--set", "eval_every=60")
 # An adapter moves in few directions, and finds them by many small steps rather than by few large.
 _ADAPTER = (
-    *("--lora-rank", "5", "--lora-alpha", "20", "--epochs", "6", "--set", "eval_every=480"),
-    *("--set", "batch_size=1", "--set", "optimizer.lr=0.003"),
+    *("--lora-rank", "5", "--lora-alpha", "20", "--epochs", "6", "--set", "eval_every=240"),
+    *("--set", "batch_size=2", "--set", "optimizer.lr=0.0015", "--set", "optimizer.beta2=0.99"),
 )
 _LABELS = {"1": "good", "0": "bad"}
 
