@@ -70,6 +70,21 @@ _engine = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"])),
     click.option("--threads", type=int, help="Of the processor; default: every core."),
 )
+_generation = _options(
+    click.option("--max-new-tokens", type=int),
+    click.option("--min-new-tokens", type=int),
+    click.option("--temperature", type=float, help="0 is greedy; above it, by chance."),
+    click.option("--top-k", type=int, help="Draw from the K most likely."),
+    click.option("--top-p", type=float, help="Draw from the most likely that reach P together."),
+    click.option("--min-p", type=float, help="Draw from those P times as likely as the first."),
+    click.option("--repetition-penalty", type=float, help="Above 1, repeat less."),
+    click.option("--no-repeat-ngram-size", type=int, help="Never repeat so many ids in a row."),
+    click.option("--stop", "stop_strings", multiple=True, help="End before this; may be repeated."),
+    click.option("--num-beams", type=int, help="Search with so many beams."),
+    click.option("--json-schema", type=_path, help="Write JSON that follows the schema in a file."),
+    click.option("--regex", help="Write what matches this pattern."),
+    click.option("--seed", type=int, help="The same seed gives the same text."),
+)
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object, nothing else.")
 _bundle = click.argument("bundle", type=_path, required=False)
 
@@ -85,24 +100,12 @@ def main() -> None:
 
 @main.command()
 @click.argument("words", nargs=-1, required=True, metavar="[BUNDLE] PROMPT")
-@click.option("--max-new-tokens", type=int)
-@click.option("--min-new-tokens", type=int)
-@click.option("--temperature", type=float, help="0 is greedy; above it, ids are drawn by chance.")
-@click.option("--top-k", type=int, help="Draw from the K most likely.")
-@click.option("--top-p", type=float, help="Draw from the most likely that reach P together.")
-@click.option("--min-p", type=float, help="Draw from those P times as likely as the first.")
-@click.option("--repetition-penalty", type=float, help="Above 1, repeat less.")
-@click.option("--no-repeat-ngram-size", type=int, help="Never repeat so many ids in a row.")
-@click.option("--stop", "stop_strings", multiple=True, help="End before this; may be repeated.")
-@click.option("--num-beams", type=int, help="Search with so many beams.")
+@_generation
 @click.option("--prompt-lookup-num-tokens", type=int, help="Guess ids by the text so far.")
 @click.option("--draft", type=_path, help="A smaller bundle that guesses.")
-@click.option("--json-schema", type=_path, help="Write JSON that follows the schema in this file.")
-@click.option("--regex", help="Write what matches this pattern.")
 @click.option("--context-overflow", type=click.Choice(["stop", "slide"]))
 @click.option("--max-time", type=float, help="Seconds, after which no id is begun.")
 @click.option("--timeout", type=float, help="Seconds, after which nothing is waited for.")
-@click.option("--seed", type=int, help="The same seed gives the same text.")
 @_engine
 @_json
 def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -115,11 +118,10 @@ def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     if len(words) > 2:
         raise click.UsageError(f"Wanted [BUNDLE] PROMPT, got {len(words)} words: quote the prompt.")
     *bundle, prompt = words
-    options["stop_strings"] = options["stop_strings"] or None
-    options["constraint"] = _constraint(options.pop("json_schema"), options.pop("regex"))
     engine = _given(**{name: options.pop(name) for name in ("device", "threads", "draft")})
+    options = _for_generation(options)
     with Generator(*bundle, **engine) as generator:
-        if as_json or options["num_beams"]:  # a search has nothing to stream
+        if as_json or options.get("num_beams"):  # a search has nothing to stream
             result = generator.complete(_read_prompt(prompt), **options)
             keys = ("text", "prompt_ids", "ids", "finish_reason")
             shown = {key: getattr(result, key) for key in keys}
@@ -136,10 +138,10 @@ def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
 @click.option("--output", type=_path, required=True, help="A .jsonl or .csv.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=COLUMN", help="May be repeated.")
 @click.option("--batch-size", type=int, help="Rows at a time.")
-@click.option("--max-new-tokens", type=int, help="Of an answer.")
 @click.option("--limit", type=int, help="Only so many rows, from the first.")
 @click.option("--prefix", help="Before the names of the new columns.")
 @click.option("--force", is_flag=True, help="Begin anew, and replace OUTPUT at the end.")
+@_generation
 @_engine
 @_json
 def run(
@@ -148,6 +150,9 @@ def run(
     output: Path,
     fields: tuple[str, ...],
     force: bool,
+    batch_size: int | None,
+    limit: int | None,
+    prefix: str | None,
     device: Any,
     threads: int | None,
     as_json: bool,
@@ -164,7 +169,8 @@ def run(
     from gptrt.run import Job
     from gptrt.run import run as carry_out
 
-    job = Job(source, output, _columns(fields), **_given(**options))
+    given = _given(batch_size=batch_size, limit=limit, prefix=prefix)
+    job = Job(source, output, _columns(fields), options=_for_generation(options), **given)
     engine, progress = _given(device=device, threads=threads), _Progress()
     try:
         report = carry_out(bundle, job, force=force, progress=progress, **engine)
@@ -316,6 +322,14 @@ def _constraint(schema: Path | None, pattern: str | None) -> Any:
     if schema is not None:
         return JsonSchema(_read_text(schema))
     return None if pattern is None else Regex(pattern)
+
+
+def _for_generation(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `_generation`, as the library takes them."""
+    found = dict(options)
+    found["stop_strings"] = found["stop_strings"] or None
+    found["constraint"] = _constraint(found.pop("json_schema"), found.pop("regex"))
+    return _given(**found)
 
 
 def _given(**options: Any) -> dict[str, Any]:

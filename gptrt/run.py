@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from gptrt.task import Task
 SUFFIXES = (".jsonl", ".csv")  # of outputs
 PROMPT = "prompt"  # the field of a bundle without a task
 
+_SEEDS = 1 << 64  # so many there are
+
 Progress = Callable[[int, int], None]  # rows that are done, of how many
 Ask = Callable[[Sequence[Row]], list[dict[str, Any]]]  # the columns to add to some rows
 
@@ -42,14 +44,15 @@ class Job:
     model made of it.
 
     `fields` names the columns that the prompt's fields stand in, each by default one of its own
-    name. The names of new columns begin with `prefix`.
+    name. `options` are those of generation; a `seed`, 0 if there is none, and the line of a row in
+    the input make the seed of the row. The names of new columns begin with `prefix`.
     """
 
     input: Path
     output: Path
     fields: Mapping[str, str] = field(default_factory=dict)
     batch_size: int = 8
-    max_new_tokens: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
     prefix: str = ""
 
@@ -129,12 +132,16 @@ def _check_options(job: Job, task: Task | None) -> None:
         value = getattr(job, name)
         if value is not None and (type(value) is not int or value < 1):
             raise OptionError(f"{name} of 1 or more", found=repr(value), do="correct it")
-    GenerationConfig.from_options(max_new_tokens=job.max_new_tokens)
-    if job.max_new_tokens is not None and task is not None and task.kind == "classification":
+    config = GenerationConfig.from_options(**job.options)
+    if job.options and task is not None and task.kind == "classification":
         raise OptionError(
-            "no max_new_tokens where labels are chosen",
-            found=str(job.max_new_tokens),
-            do="leave it out",
+            "no options of generation where labels are chosen",
+            found=", ".join(job.options),
+            do="leave them out",
+        )
+    if config.num_return_sequences != 1:
+        raise OptionError(
+            "one answer a row", found=f"{config.num_return_sequences}", do="repeat the row"
         )
     if job.output.suffix.lower() not in SUFFIXES:
         raise OptionError(
@@ -186,7 +193,8 @@ def made_of(plan: Plan, source: str, *, device: Device = "auto") -> Made:
     """What the output of a plan will be made of, with a bundle that `source` stands for."""
     entry, job = describe_file(plan.job.input), plan.job
     options = {f"field {name}": column for name, column in plan.fields.items()}
-    names = ("batch_size", "max_new_tokens", "limit", "prefix")
+    options |= {name: str(value) for name, value in job.options.items()}
+    names = ("batch_size", "limit", "prefix")
     options |= {name: str(getattr(job, name)) for name in names} | {"device": device}
     return Made(__version__, source, entry.sha256, entry.size, options)
 
@@ -239,23 +247,22 @@ def asking(generator: Generator, plan: Plan, config: GenerationConfig) -> Ask:
         return [dict(zip(names, (next(iter(e)), e), strict=True)) for e in shares]
 
     def texts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        configs = [replace(config, seed=((config.seed or 0) + row.line) % _SEEDS) for row in rows]
         if task is None:
             prompts = [row.values[PROMPT] for row in rows]
-            found = generator.complete_batch(prompts, config=config, batch_size=size)
+            found = generator.complete_batch(prompts, config=configs, batch_size=size)
         else:
             fields = [row.values for row in rows]
-            found = generator.answer_batch(fields, config=config, batch_size=size)
+            found = generator.answer_batch(fields, config=configs, batch_size=size)
         return [dict(zip(names, (r.text, r.finish_reason), strict=True)) for r in found]
 
     return labels if task is not None and task.kind == "classification" else texts
 
 
 def _config(plan: Plan) -> GenerationConfig:
-    """Greedy, so that nothing but the row decides."""
-    given = plan.job.max_new_tokens
-    if given is None and plan.task is not None:
-        given = plan.task.max_new_tokens
-    return GenerationConfig.from_options(max_new_tokens=given)
+    """What every row is answered with; greedy, if nothing else is asked for."""
+    longest = {} if plan.task is None else {"max_new_tokens": plan.task.max_new_tokens}
+    return GenerationConfig.from_options(**longest | dict(plan.job.options))
 
 
 def _unusable(generator: Generator, plan: Plan, config: GenerationConfig, row: Row) -> str | None:

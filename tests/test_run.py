@@ -139,6 +139,20 @@ def test_a_bundle_without_a_task_goes_on_after_the_prompt(tmp_path: Path) -> Non
     ]
 
 
+def test_drawn_texts_differ_from_row_to_row_and_not_from_run_to_run(tmp_path: Path) -> None:
+    source = written(tmp_path / "in.jsonl", [{"prompt": "The old king"}] * 6)
+    options = ("--temperature", 1, "--seed", 7, "--max-new-tokens", 8, "--stop", ".")
+    for name, size in (("one.jsonl", 2), ("two.jsonl", 3)):
+        asked(
+            *("--input", source, "--output", tmp_path / name, "--batch-size", size),
+            *options,
+        )
+    one, two = (lines_of(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    assert one == two
+    assert len({row["answer"] for row in one}) > 3
+    assert not any("." in row["answer"] for row in one)
+
+
 def test_answers_of_a_task_are_those_of_the_generator(tmp_path: Path) -> None:
     job = summaries(tmp_path)
     assert done(job).rows == 11
@@ -169,7 +183,7 @@ def test_a_limit_takes_the_first_rows_and_looks_at_no_more(tmp_path: Path) -> No
 def test_columns_that_differ_from_row_to_row_all_have_a_place(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"document": "a", "x": 1}, {"y": [None], "document": "b,\n"}]
     source = written(tmp_path / "in.jsonl", rows)
-    job = Job(source, tmp_path / "out.csv", max_new_tokens=2)
+    job = Job(source, tmp_path / "out.csv", options={"max_new_tokens": 2})
     done(job)
     first, second = lines_of(job.output)
     assert list(first) == ["document", "x", "y", "answer", "finish_reason"]
@@ -212,8 +226,10 @@ def test_what_the_tokenizer_refuses_is_told_with_its_line(tmp_path: Path) -> Non
         ({"output": Path("none/out.csv")}, "no folder"),
         ({"output": Path("in.csv")}, "an output beside the input"),
         ({"batch_size": 0}, "batch_size of 1 or more; found 0"),
+        ({"options": {"heat": 1}}, "heat"),
+        ({"options": {"num_return_sequences": 2, "temperature": 1}}, "labels are chosen"),
         ({"limit": -1}, "limit of 1 or more; found -1"),
-        ({"max_new_tokens": 5}, "no max_new_tokens where labels are chosen"),
+        ({"options": {"max_new_tokens": 5}}, "no options of generation where labels are chosen"),
         ({"input": Path("none.csv")}, "No such file"),
         ({"input": Path("in.xlsx")}, "ends in .jsonl, .csv, .tsv, .txt; found"),
     ],
@@ -347,7 +363,7 @@ def test_a_real_model_gives_the_same_bytes_when_it_goes_on(tmp_path: Path) -> No
     ("changes", "found"),
     [
         ({"batch_size": 5}, "batch_size 4"),
-        ({"max_new_tokens": 7}, "max_new_tokens None"),
+        ({"options": {"max_new_tokens": 7}}, "max_new_tokens None"),
         ({"limit": 6}, "limit None"),
         ({"prefix": "x"}, "prefix "),
         ({"fields": {"document": "id"}}, "field document text"),
