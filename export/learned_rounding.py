@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from .averaging import Average
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
 from .loss import Lesson, linear_cross_entropy
@@ -29,9 +30,7 @@ _RATE = 0.01  # steps of the grid a step: few steps must turn what is to be turn
 _BATCH_TOKENS = 1024
 MORE_TEXT = 4  # times as much as error correction needs: each weight learns for itself
 _REACH = 1.0  # steps of the grid that a weight may go from where it began
-# A weight near the middle between two integers turns to and fro; the mean of its last steps, here
-# about 50, says where it belongs.
-_MEMORY = 0.98
+_MEMORY = 0.98  # of the mean: of about 50 steps
 _CORRECTION = 0.1  # of the time, about
 
 
@@ -53,7 +52,7 @@ def learn_rounding(
     rounding = TrainedRounding.start(corrected, frozen.state_dict())
     home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}
     learning = rounding.parameters()
-    average = {name: tensor.detach().clone() for name, tensor in learning.items()}
+    average = Average(learning, _MEMORY)
     optimizer = Optimizer(learning, OptimizerConfig(position_lr=_RATE))
     draw = np.random.default_rng(0)
     size = max(1, _BATCH_TOKENS // windows.shape[1])
@@ -65,14 +64,11 @@ def learn_rounding(
         with torch.no_grad():
             for name, positions in rounding.positions.items():
                 positions.clamp_(home[name] - _REACH, home[name] + _REACH)
-            for name, mean in average.items():
-                mean.lerp_(learning[name], 1.0 - _MEMORY)
+        average.update(step + 1)
         share = _CORRECTION + (1.0 - _CORRECTION) * (step + 1) / steps
         progress(share, f"learning to round: step {step + 1}, divergence {loss.item():.4f} nats")
-    with torch.no_grad():
-        for name, mean in average.items():
-            learning[name].copy_(mean)
-    return rounding.matrices()
+    with average.in_place():
+        return rounding.matrices()
 
 
 def _divergence(model: GPT, rounding: TrainedRounding, ids: torch.Tensor) -> torch.Tensor:

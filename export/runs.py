@@ -90,6 +90,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = bounded(0, 1 << 62, default=0)
     distill: float = bounded(0.0, 1e3, default=0.0)  # weight of KL(start || model) in the loss
+    average: float = bounded(0.0, 0.999999, default=0.0)  # kept of the mean of weights; 0: no mean
     prompt_share: float = bounded(0.0, 1e3, default=0.0)  # of a task: weight of its prompts' loss
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -113,7 +113,9 @@ def for_rounding(train: TrainConfig) -> TrainConfig:
     """A trained model knows what it is to predict; only what rounding changed is to be undone. So
     nearly all of the loss is the divergence from what it was, and nothing shrinks."""
     optimizer = replace(train.optimizer, lr=3e-4, weight_decay=0.0)
-    return replace(train, distill=100.0, patience=None, eval_every=200, optimizer=optimizer)
+    return replace(
+        train, distill=100.0, average=0.99, patience=None, eval_every=200, optimizer=optimizer
+    )
 
 
 def with_settings(train: TrainConfig, settings: dict[str, str]) -> TrainConfig:

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from gptrt.errors import TrainingError
 
+from .averaging import Average
 from .checkpoint import Checkpoint, load_checkpoint
 from .data import Batch, Windows, in_order, open_ids
 from .examples import Examples
@@ -148,6 +150,8 @@ class Trainer:
         self.teacher = _teacher(run).to(self.device) if self.config.distill else None
         self.optimizer = Optimizer(self.learning, self.config.optimizer)
         self.optimizer.load({name: t.to(self.device) for name, t in moments.items()})
+        self.average = Average(self.learning, self.config.average) if self.config.average else None
+        _restore(self.learning, moments)
         self.dtype = compute_dtype(self.config, run.config.model.n_embd, self.device)
         self.source, self.valid = _sources(run)
 
@@ -189,6 +193,8 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.learning.values(), config.grad_clip)
         rate = rate_scale(step, self.share(), config.warmup_steps, config.final_lr)
         self.optimizer.step(rate)
+        if self.average is not None:
+            self.average.update(step + 1)
         seconds = time.perf_counter() - began
         self.state = replace(self.state, step=step + 1, elapsed_s=self.state.elapsed_s + seconds)
         return loss, seconds
@@ -199,12 +205,13 @@ class Trainer:
         self.model.eval()
         began = time.perf_counter()
         total = count = 0.0
-        for batch in self.valid.in_order(self.config.batch_size):
-            tokens = int((batch.targets != IGNORED).sum())
-            total += self._loss(batch).item() * tokens
-            count += tokens
-            if count >= self.config.eval_tokens:
-                break
+        with self._averaged():
+            for batch in self.valid.in_order(self.config.batch_size):
+                tokens = int((batch.targets != IGNORED).sum())
+                total += self._loss(batch).item() * tokens
+                count += tokens
+                if count >= self.config.eval_tokens:
+                    break
         loss = total / count
         if not math.isfinite(loss):
             raise TrainingError(
@@ -219,7 +226,8 @@ class Trainer:
     @torch.no_grad()
     def measure(self) -> float | None:
         """The task's metric; its time does not count as training."""
-        return None if self._metric is None else self._metric(self.model.eval())
+        with self._averaged():
+            return None if self._metric is None else self._metric(self.model.eval())
 
     def judge(self, valid_loss: float, metric: float | None = None) -> bool:
         """Whether it is the best yet, by the metric, where that is equal or there is none by the
@@ -234,7 +242,18 @@ class Trainer:
         return gained
 
     def save(self, valid_loss: float, *, best: bool) -> None:
-        """A checkpoint of everything, named the best of the run if it is."""
+        """A checkpoint of everything, named the best of the run if it is. Where a mean is kept, it
+        is the mean that is saved as the model, and the latest parameters beside the moments."""
+        moments = self.optimizer.state()
+        if self.average is not None:
+            moments |= {_LATEST + name: t.detach().clone() for name, t in self.learning.items()}
+        with self._averaged():
+            self._save(moments, valid_loss, best=best)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _save(self, moments: dict[str, Tensor], valid_loss: float, *, best: bool) -> None:
         adapter = None
         weights = self.model.state_dict()
         if self.run.config.lora is not None:
@@ -243,7 +262,6 @@ class Trainer:
         if self.rounding is not None:
             weights = self.rounding.in_state(weights)
         checkpoint = replace(self.beside, state=weights, rounding=self.rounding)
-        moments = self.optimizer.state()
         self.run.save(
             *(checkpoint, moments, self.state),
             best=best,
@@ -331,6 +349,17 @@ def _learner(
     from_peft(config.model, run.adapter(), learning)
     model.to(device)
     return model, learning
+
+
+_LATEST = "latest/"  # of names beside the moments
+
+
+@torch.no_grad()
+def _restore(learning: dict[str, nn.Parameter], moments: dict[str, Tensor]) -> None:
+    """The latest parameters, where a checkpoint has their mean as the model."""
+    for path, tensor in moments.items():
+        if path.startswith(_LATEST):
+            learning[path.removeprefix(_LATEST)].copy_(tensor)
 
 
 def learning_parameters(model: GPT, rounding: TrainedRounding | None) -> dict[str, nn.Parameter]:

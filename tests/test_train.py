@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from export.averaging import Average
 from export.checkpoint import load_checkpoint, run_pointer
 from export.cli import main as gptrt_export
 from export.data import Windows, open_ids, read_pieces, tokenize
@@ -35,13 +36,13 @@ def losses(run: Run) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k != "tok_s"} for line in lines]
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(("optimizer", "average"), [("muon", 0.0), ("adamw", 0.8)])
 def test_a_run_interrupted_and_resumed_gives_the_same_losses_bit_for_bit(
-    text_file: Path, tmp_path: Path, optimizer: str
+    text_file: Path, tmp_path: Path, optimizer: str, average: float
 ) -> None:
     from dataclasses import replace
 
-    plan = make_plan(text_file, grad_accum=2)
+    plan = make_plan(text_file, grad_accum=2, average=average)
     kind = replace(plan.train.optimizer, kind=optimizer)
     plan = replace(plan, train=replace(plan.train, optimizer=kind))
     whole = create_run(tmp_path / "whole", plan)
@@ -57,6 +58,27 @@ def test_a_run_interrupted_and_resumed_gives_the_same_losses_bit_for_bit(
     for a, b in zip(whole.last()[0].state.values(), broken.last()[0].state.values(), strict=True):
         assert torch.equal(a, b)
     assert whole.last()[2].best_loss == broken.last()[2].best_loss
+
+
+def test_a_mean_is_of_the_last_steps_and_leaves_what_learns_alone() -> None:
+    learning = {"x": torch.zeros(2)}
+    average = Average(learning, 0.5)
+    for step in range(1, 101):
+        learning["x"].fill_(step)
+        average.update(step)
+    with average.in_place():  # sum of n / 2 ** (101 - n)
+        torch.testing.assert_close(learning["x"], torch.full((2,), 99.0))
+    assert learning["x"].tolist() == [100, 100]
+
+
+def test_what_a_run_saves_is_the_mean_where_one_is_kept(text_file: Path, tmp_path: Path) -> None:
+    plan = make_plan(text_file, average=0.8)
+    run = create_run(tmp_path / "run", plan)
+    train(run, QUIET)
+    checkpoint, moments, _ = run.last()
+    latest = moments["latest/wte.weight"]
+    assert not torch.equal(checkpoint.state["wte.weight"], latest)
+    torch.testing.assert_close(checkpoint.state["wte.weight"], latest, atol=0.1, rtol=0.1)
 
 
 def test_training_learns_and_leaves_a_log_a_picture_and_checkpoints(run: Run) -> None:
