@@ -19,17 +19,23 @@ LOSS, OBJECTIVE = "loss", "objective"
 
 def plot_losses(log: Path, target: Path) -> None:
     """Training and validation loss of a run's log against steps, as a PNG. Where a teacher or
-    prompts are part of what is trained for, that has an axis of its own; the best metric of a task
-    stands above."""
+    prompts are part of what is trained for, that has an axis of its own; the metric of a task has a
+    panel above. The first steps, where a loss falls from far above, do not set the scale."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
     valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    metrics = [(line["step"], line["metric"]) for line in lines if "metric" in line]
     figure, axes = new_figure()
+    if metrics:
+        figure.clear()
+        above, axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+        _plot_metric(above, metrics)
     for what, name in ((LOSS, "training (smoothed)"), (OBJECTIVE, "objective (right, smoothed)")):
         if steps := [(line["step"], line[what]) for line in lines if what in line]:
             x, y = zip(*steps, strict=True)
             own = axes if what == LOSS else axes.twinx()
             own.plot(x, y, color="0.8", linewidth=0.8)
             own.plot(x, _smooth(y), color="tab:blue")
+            _scale(own, steps)
             axes.plot([], [], color="tab:blue", label=name)
             if own is not axes:
                 own.set_ylabel("objective")
@@ -40,16 +46,33 @@ def plot_losses(log: Path, target: Path) -> None:
         axes.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
         best = (x[y.index(min(y))], min(y))
         axes.annotate(f"{min(y):.3f}", best, (0, -14), textcoords="offset points", ha="right")
-    if metrics := [(line["metric"], -line["step"]) for line in lines if "metric" in line]:
-        best_metric, step = max(metrics)
-        axes.set_title(f"best metric {best_metric:.2f} %, at step {-step}", fontsize=10)
-    axes.margins(y=0.12)
+        train = [(line["step"], line[LOSS]) for line in lines if LOSS in line]
+        _scale(axes, [*valid, *train])
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
+
+
+def _plot_metric(axes: Any, points: Sequence[tuple[int, float]]) -> None:
+    x, y = zip(*points, strict=True)
+    axes.plot(x, y, "o-", color="tab:green", markersize=3)
+    axes.set_title(f"best metric {max(y):.2f} %, at step {x[y.index(max(y))]}", fontsize=10)
+    axes.set_ylabel("metric (%)")
+    axes.grid(alpha=0.3)
+
+
+_EARLY = 0.05  # of the steps
+
+
+def _scale(axes: Any, points: Sequence[tuple[int, float]]) -> None:
+    """For the points behind the early ones, with room below for a number."""
+    last = max(step for step, _ in points)
+    late = [y for step, y in points if step >= _EARLY * last] or [y for _, y in points]
+    room = max(late) - min(late) or 1.0
+    axes.set_ylim(min(late) - 0.2 * room, max(late) + 0.1 * room)
 
 
 def plot_sensitivity(
