@@ -64,7 +64,7 @@ _READING = (
     *("--task", "lm", "--epochs", "3", "--test-share", "0", "--column", "answer=text"),
     *("--set", "optimizer.lr=0.001", "--set", "optimizer.matrix_lr=0.006"),
 )
-_JUDGING = (*("--task", "classification", "--prompt", "Review: {text}\nSentiment:"),)
+_JUDGING = ("--task", "classification", "--prompt", "Review: {text}\nSentiment:")
 _WHOLE = ("--epochs", "3", "--set", "prompt_share=0.3", "--set", "eval_every=60")
 # An adapter moves in few directions, and finds them by many small steps rather than by few large.
 # These are noisy, and their mean is not.

@@ -84,6 +84,8 @@ def finetune(
     from .runs import create_run, open_run
     from .train import train as run_training
 
+    if resume and only_estimate:
+        raise OptionError("--estimate of a run to begin", found="--resume", do="leave one out")
     if resume:
         run = open_run(out)
         if kind or start or data or settings:
@@ -106,13 +108,14 @@ def finetune(
             class_weights=class_weights,
             epochs=epochs or EPOCHS,
             device=device,
-            settings=pairs("--set", settings),
         )
+        given = pairs("--set", settings)
         if only_estimate:
-            _tell(estimate(tables_request(plan)))
+            limit = {} if max_time is None else {"max_time": str(max_time)}
+            _tell(estimate(tables_request(partial(plan, settings=given | limit))))
             return
         with ProgressBar("preparing") as bar:
-            run = create_run(out, plan(), bar.update)
+            run = create_run(out, plan(settings=given), bar.update)
     run = run.with_limits(None, max_time)
     with interruptible() as interrupted, ProgressBar("training") as bar:
         result = run_training(run, bar, interrupted, task_metric(run))

@@ -109,11 +109,15 @@ def test_a_task_is_measured_with_its_adapter_and_nothing_is_written(
     table.write_text("\n".join(["text\tanswer", *rows]))
     task = ("finetune", "--task", "classification", "--from", run.path, "--data", table)
     small = ("--set", "seq_len=64", "--set", "batch_size=1", "--lora-rank", 2, "--estimate")
+    small += ("--max-time", 0.001)
     result = run_cli(gptrt_export, *task, "--out", tmp_path / "run", *small)
     assert result.exit_code == 0, result.output
     assert "tokens/s on cpu, median of 6 steps of 64 tokens" in result.stdout
     assert "not for fine-tuning" in result.stdout
+    assert "planned            1 steps, 64 tokens" in result.stdout  # as --max-time ends it
     assert not (tmp_path / "run").exists()
+    again = run_cli(gptrt_export, *task, "--out", tmp_path / "run", *small, "--resume")
+    assert_refused(again, "--estimate")
     result = run_cli(gptrt_export, *task, "--out", tmp_path / "run", "--label", "0=bad", *small)
     assert_refused(result, "reviews.tsv:3: label '1'")
 
