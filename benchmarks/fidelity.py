@@ -22,10 +22,15 @@ from typing import Any
 RECIPES: dict[str, list[str]] = {
     "int8": ["--quantize", "int8"],
     "int4 (default)": [],
+    "int4, no projection": ["--no-projection"],
     "int4, head int8": ["--head-bits", "8"],
     "int4, head int4": ["--head-bits", "4"],
     "int4, block 128": ["--block-size", "128"],
     "int4, block 128, head int4": ["--block-size", "128", "--head-bits", "4"],
+    "int4, block 128, no projection": ["--block-size", "128", "--no-projection"],
+    "int4, block 128, head int4, no projection": [
+        *("--block-size", "128", "--head-bits", "4", "--no-projection"),
+    ],
     "int4, asymmetric": ["--asymmetric"],
     "mixed, 4.4 bits": ["--bits-per-weight", "4.4"],
     "mixed, 5 bits": ["--bits-per-weight", "5"],

@@ -69,7 +69,7 @@ _WHOLE = ("--epochs", "3", "--set", "prompt_share=0.3", "--set", "eval_every=60"
 # An adapter moves in few directions, and finds them by many small steps rather than by few large.
 # These are noisy, and their mean is not.
 _ADAPTER = (
-    *("--lora-rank", "5", "--lora-alpha", "20", "--epochs", "6", "--set", "prompt_share=0.3"),
+    *("--lora-rank", "5", "--lora-alpha", "20", "--epochs", "12", "--set", "prompt_share=0.3"),
     *("--set", "eval_every=240", "--set", "patience=8", "--set", "batch_size=2"),
     *("--set", "average=0.99", "--set", "optimizer.lr=0.0015", "--set", "optimizer.beta2=0.99"),
 )

@@ -41,11 +41,13 @@ def correct_errors(
     work = _Correction(model.eval(), formats, progress)
     attend, batches = CausalAttention(model.config), _batches(windows)
     if model.config.tied:
-        work.store_all(
-            "wte.weight", tied(_sum_moments((model.hidden(ids), None) for ids in batches))
-        )
+        as_head = _sum_moments((model.hidden(ids), None) for ids in batches)
+        work.store_all("wte.weight", tied(as_head, _metric_of_rows(model)))
     else:
         work.store_all("wte.weight", None)
+    if model.config.projected and model.config.tied:
+        rows = ((work.rounded.wte(ids), model.wte(ids)) for ids in batches)
+        work.store_all("project_in.weight", _sum_moments(rows))
     work.store_all("wpe.weight", None)
     x = [work.rounded.embed(ids) for ids in batches]
     reference = [model.embed(ids) for ids in batches]
@@ -61,8 +63,12 @@ def correct_errors(
             moments = _sum_moments(zip(found, wanted[name], strict=True))
             work.store_all(f"h.{layer}.{name}.weight", moments)
         x = [run(block, a) for a in x]
+    pairs = list(zip(x, reference, strict=True))
+    if model.config.projected:
+        normed = ((model.ln_f(a), model.ln_f(b)) for a, b in pairs)
+        work.store_all("project_out.weight", _sum_moments(normed))
     if not model.config.tied:
-        finals = ((model.ln_f(a), model.ln_f(b)) for a, b in zip(x, reference, strict=True))
+        finals = ((work.rounded.before_head(a), model.before_head(b)) for a, b in pairs)
         work.store_all("lm_head.weight", _sum_moments(finals))
     return work.matrices
 
@@ -102,14 +108,22 @@ def moments_of(model: GPT, names: Iterable[str], windows: Ids) -> dict[str, Mome
                 flat = x.flatten(0, -2)
                 sums[name] = sums.get(name, torch.zeros(())) + flat.T @ flat
     found = {name: Moments(hessian) for name, hessian in sums.items()}
-    return found | ({head: tied(found[head])} if model.config.tied else {})
+    return found | ({head: tied(found[head], _metric_of_rows(model))} if model.config.tied else {})
 
 
-def tied(head: Moments) -> Moments:
-    """For a matrix that is head and embedding. An embedding's errors count whatever direction they
-    have, and correcting them for the head alone lets those grow that the head never sees."""
-    hessian = head.hessian
-    return Moments(hessian + _AS_EMBEDDING * hessian.diagonal().mean() * torch.eye(len(hessian)))
+def tied(head: Moments, metric: Tensor) -> Moments:
+    """For a matrix that is head and embedding. The errors of an embedding count whatever direction
+    they have in the residual stream, where d metric d^T is the square of an error d, and correcting
+    for the head alone lets those grow that the head never sees."""
+    share = _AS_EMBEDDING * head.hessian.diagonal().mean() / metric.diagonal().mean()
+    return Moments(head.hessian + share * metric)
+
+
+def _metric_of_rows(model: GPT) -> Tensor:
+    if not model.config.projected:
+        return torch.eye(model.config.n_embd)
+    into_stream: Tensor = model.project_in.weight
+    return into_stream.T @ into_stream
 
 
 @contextmanager

@@ -34,7 +34,9 @@ from .families import family_for, family_named
 from .gguf_file import GgufFile, gguf_file
 from .gguf_vocabulary import read_chat_template, read_vocabulary
 from .model import GPT
+from .parts import parameter_of
 from .pickled import pickled_file, read_pickled
+from .projection import PROJECTIONS, project, unproject
 from .tokenization import (
     SpecialIds,
     ids_without_rows,
@@ -84,6 +86,16 @@ class Checkpoint:
         if self.config.tied:
             model.lm_head.weight = model.wte.weight
         return model.eval().requires_grad_(False)
+
+    def projected(self) -> Checkpoint:
+        """The same with the vocabulary in a basis of its own."""
+        config, state = project(self.config, self.state)
+        return replace(self, config=config, state=state)
+
+    def plain(self) -> Checkpoint:
+        """The same as other software knows it, its vocabulary in the basis of the model."""
+        config, state = unproject(self.config, self.state)
+        return replace(self, config=config, state=state)
 
     def alone(self) -> Checkpoint:
         """What the checkpoint computes, and nothing of how it came to be rounded."""
@@ -144,16 +156,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     lineage, vocabulary = folder / LINEAGE_FILE, folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
     _check_parts(config, state, tokenizer, folder)
-    return Checkpoint(
+    found = Checkpoint(
         config,
         state,
         tokenizer,
         read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
-        _read_rounding(folder, state),
-        _special_ids(folder, config, tokenizer),
-        ChatTemplate.read(folder),
-        _read_task(folder),
+        special=_special_ids(folder, config, tokenizer),
+        chat_template=ChatTemplate.read(folder),
+        task=_read_task(folder),
     )
+    return _with_rounding(found, folder)
 
 
 def _weights_are_safe(folder: Path) -> bool:
@@ -195,12 +207,30 @@ def _special_ids(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None)
     return special_ids(tokenizer) if tokenizer else SpecialIds()
 
 
-def _read_rounding(folder: Path, state: dict[str, Tensor]) -> TrainedRounding | None:
+def _with_rounding(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """With what the model learnt of its rounding, and in the basis in which it learnt it: the
+    weights beside it are plain, as others read them."""
     if not (folder / FORMATS_FILE).is_file():
-        return None
+        return checkpoint
     formats = read_json(folder / FORMATS_FILE, error=CheckpointError)
     tensors = dict(_read_file(folder / ROUNDING_FILE))
-    return TrainedRounding.read(formats, tensors, state, str(folder / FORMATS_FILE))
+    if isinstance(formats, dict) and PROJECTIONS & formats.keys():
+        checkpoint = checkpoint.projected()
+        if left := _basis_of(checkpoint) - set(map(parameter_of, formats)):
+            raise CheckpointError(
+                f"{', '.join(sorted(left))} in {folder / FORMATS_FILE}, as their basis is there",
+                found="formats without them",
+                do="restore the checkpoint",
+            )
+    rounding = TrainedRounding.read(formats, tensors, checkpoint.state, str(folder / FORMATS_FILE))
+    state = rounding.in_state(checkpoint.state)
+    return replace(checkpoint, state=state, rounding=rounding)
+
+
+def _basis_of(checkpoint: Checkpoint) -> set[str]:
+    """What a vocabulary in a basis of its own consists of: all of it or nothing makes sense."""
+    head = "wte.weight" if checkpoint.config.tied else "lm_head.weight"
+    return PROJECTIONS & checkpoint.state.keys() | {head}
 
 
 def _read_task(folder: Path) -> Task | None:
@@ -268,9 +298,10 @@ def save_checkpoint(
     checkpoint: Checkpoint, folder: Path, extra: dict[str, Any] | None = None
 ) -> None:
     """Write a Hugging Face folder in one step. `extra` maps more file names to tensors or JSON."""
-    family = family_for(checkpoint.config)
-    config = family.to_json(checkpoint.config) | {"dtype": "float32"}
-    tensors = family.to_tensors(checkpoint.config, checkpoint.state)
+    plain = checkpoint.plain()
+    family = family_for(plain.config)
+    config = family.to_json(plain.config) | {"dtype": "float32"}
+    tensors = family.to_tensors(plain.config, plain.state)
     with written_whole(folder) as temporary:
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / CONFIG_FILE, config | checkpoint.special.json())

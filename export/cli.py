@@ -133,6 +133,11 @@ def presets() -> None:
     "--symmetric/--asymmetric", default=None, help="Whether blocks have zeros of their own."
 )
 @click.option(
+    "--projection/--no-projection",
+    default=None,
+    help="Whether the vocabulary has a basis of its own, in which few bits lose less.",
+)
+@click.option(
     "--bits-per-weight",
     type=click.FloatRange(min=0, min_open=True),
     help="A budget over all parameters: bits and block are chosen matrix by matrix.",

@@ -121,6 +121,10 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
+        if config.projected:
+            self.project_out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+            if config.tied:
+                self.project_in = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
         if config.tied:
@@ -153,12 +157,20 @@ class GPT(nn.Module):
         x = self.embed(ids, positions)
         for layer, block in enumerate(self.h):
             x = block(x, partial(attend, layer))
+        return self.before_head(x)
+
+    def before_head(self, x: Tensor) -> Tensor:
+        """What the head reads, of what the last block gives."""
         normed: Tensor = self.ln_f(x)
+        if self.config.projected:
+            normed = self.project_out(normed)
         return normed
 
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """What the first block reads: [batch, seq, n_embd]."""
         x: Tensor = self.wte(ids)
+        if self.config.projected and self.config.tied:
+            x = self.project_in(x)
         if self.config.positions == "learned":
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device)

@@ -17,7 +17,7 @@ from .sensitivity import check_budget
 from .texts import DEFAULT_TOKENS, TextFiles
 from .via import Via, check_recipe
 
-_RECIPE = ("method", "block_size", "head_bits", "symmetric")
+_RECIPE = ("method", "block_size", "head_bits", "symmetric", "projection")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ConvertOptions:
     block_size: int | None = None
     head_bits: int | None = None
     symmetric: bool | None = None
+    projection: bool | None = None
     bits_per_weight: float | None = None
     target_ratio: float | None = None
     kv_cache: Literal["float", "int8"] = "float"  # float: as the activations
@@ -55,7 +56,7 @@ class ConvertOptions:
         """Raises OptionError for a combination that there is not."""
         if self.mode == "none" or self.mode == "fp16":
             return None
-        return Recipe(self.mode, self.method, self.block_size, self.head_bits, self.symmetric)
+        return Recipe(self.mode, *(getattr(self, name) for name in _RECIPE))
 
     @property
     def mixed(self) -> bool:
@@ -76,6 +77,12 @@ class ConvertOptions:
             return True  # for the scales of the cache
         rounds = self.mixed or (self.recipe is not None and self.recipe.needs_text)
         return rounds and checkpoint.rounding is None
+
+    def projects(self, checkpoint: Checkpoint) -> bool:
+        """Whether the vocabulary is to be put in a basis of its own before it is rounded."""
+        if self.recipe is None or self.mixed or checkpoint.rounding is not None:
+            return False
+        return self.recipe.projects(checkpoint.config)
 
     def cache_layout(self, model: ModelConfig) -> CacheLayout:
         floats: Literal["float16", "float32"] = "float16" if self.mode == "fp16" else "float32"
@@ -122,6 +129,7 @@ class ConvertOptions:
             "--hidden-states": self.hidden_states,
             "--calibration-text": self.calibration_text is not None,
             "--against": self.against is not None,
+            "--projection": self.projection is not None,
             "a budget": self.mixed,
         }
         if given := [name for name, used in ours.items() if used]:

@@ -91,6 +91,8 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     )
     reference = _reference(source, checkpoint, options)
     checkpoint = with_padded_heads(checkpoint)
+    if options.projects(checkpoint):
+        checkpoint = checkpoint.projected()
     model = checkpoint.alone().frozen()
     stored = store(checkpoint, model, texts, options, step)
     step("tracing the graph")
@@ -152,7 +154,8 @@ def _reference(source: Path, checkpoint: Checkpoint, options: ConvertOptions) ->
 
 
 def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig | ForeignModel) -> None:
-    if checkpoint.config != config:
+    known = config if isinstance(config, ForeignModel) else replace(config, projected=False)
+    if checkpoint.plain().config != known:
         raise CheckpointError(
             "the checkpoint that the bundle was made from",
             found="another shape",

@@ -20,6 +20,7 @@ from .learned_rounding import learn_rounding
 from .model import GPT
 from .parts import parameter_of, parts_of, rows_of, shape_of, split
 from .progress import Progress, silent
+from .projection import PROJECTIONS, worth_projecting
 from .rounding import DATA_FREE, Method, nearest
 
 Matrices = dict[str, BlockMatrix]
@@ -46,7 +47,8 @@ _LEAST_TO_SPLIT = 1024  # rows: below, all are frequent
 _BLOCK, _FINE_BLOCK = {8: 64, 4: 128, 2: 128}, 32
 _WIDE = 512  # what a model of fewer columns loses to rounding, it has few weights to make good by
 
-_POSITION_BITS = 8  # a table of a few hundred rows: its size is no matter, its errors are
+# Of a few hundred rows: their size is no matter, their errors are.
+_SMALL, _SMALL_BITS = PROJECTIONS | {"wpe.weight"}, 8
 _OWN_ZEROS = {"k-quant", "hqq"}  # methods that are nothing without a zero for each block
 
 _VOCABULARY = {"wte.weight", "lm_head.weight"}
@@ -57,7 +59,8 @@ class Recipe:
     """What a user asks for; None is the best choice known.
 
     `head_bits` is of the vocabulary matrix, the most sensitive one: where it is the embedding too,
-    it is stored once. Left out, an eighth of its rows, the most frequent tokens, have 8 bits.
+    it is stored once. Left out, an eighth of its rows, the most frequent tokens, have 8 bits. With
+    `projection` it is rounded in a basis of its own.
     Raises OptionError for a combination that there is not.
     """
 
@@ -66,6 +69,7 @@ class Recipe:
     block_size: int | None = None
     head_bits: int | None = None
     symmetric: bool | None = None
+    projection: bool | None = None
 
     def __post_init__(self) -> None:
         BlockFormat(self.bits, self.block_size or _FINE_BLOCK)
@@ -102,6 +106,12 @@ class Recipe:
     def needs_text(self) -> bool:
         return self.chosen_method in BY_TEXT
 
+    def projects(self, config: ModelConfig) -> bool:
+        """Whether the vocabulary is to have a basis of its own, to be rounded in."""
+        if config.projected or self.projection is not None:
+            return not config.projected and bool(self.projection)
+        return self.bits_of_head < 8 and worth_projecting(config)
+
     def formats(self, config: ModelConfig) -> Formats:
         """The format of every matrix, by the name of its parameter in `GPT`, or of its `parts`."""
         symmetric = self.symmetric
@@ -117,8 +127,8 @@ class Recipe:
         return formats
 
     def _bits_of_parts(self, name: str, shape: tuple[int, int]) -> dict[str, int]:
-        if name == "wpe.weight":
-            return {name: _POSITION_BITS}
+        if name in _SMALL:
+            return {name: _SMALL_BITS}
         if name not in _VOCABULARY:
             return {name: self.bits}
         if self.head_bits is not None or self.bits >= _FREQUENT_BITS:
@@ -153,8 +163,9 @@ def average_bits(config: ModelConfig, formats: Mapping[str, BlockFormat]) -> flo
     """Bits a weight over all parameters, scales included, vectors at their 32 bits."""
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
-    weights, shapes = sum(sizes.values()), matrix_shapes(config)
-    bits = 32.0 * weights
+    shapes = matrix_shapes(config)
+    weights = sum(size for name, size in sizes.items() if name not in PROJECTIONS)
+    bits = 32.0 * sum(sizes.values())
     for name, fmt in formats.items():
         rows, columns = shape_of(name, shapes[parameter_of(name)])
         bits += rows * columns * (fmt.bits_per_weight(columns) - 32)

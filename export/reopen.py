@@ -73,10 +73,11 @@ def load_bundle(path: Path) -> Checkpoint:
     json = read_json(bundle.file(GENERATION_CONFIG_FILE), error=CheckpointError)
     special = read_special_ids(json, model.vocab_size) or special_ids(tokenizer)
     template = ChatTemplate.read(bundle.path)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         *(model, state, tokenizer, manifest.lineage, None, special, template),
         task=manifest.task,
     )
+    return checkpoint.plain()
 
 
 def _plain(graph: ir.Graph) -> Iterator[tuple[str, Any]]:

@@ -55,6 +55,7 @@ from .lora import (
 from .model import GPT
 from .optimizer import OptimizerConfig
 from .progress import Progress, silent
+from .projection import project
 from .quantize import Recipe, quantize_model
 from .tokenization import TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
@@ -271,6 +272,8 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         counts = _write_data(folder / DATA_FOLDER, tokenizer, special.end, plan, progress)
     if isinstance(plan.start, Checkpoint):
         model, weights = plan.start.config, plan.start.state
+        if plan.recipe is not None and plan.recipe.projects(model):
+            model, weights = project(model, weights)
     else:
         model = replace(plan.start, vocab_size=tokenizer.get_vocab_size())
         torch.manual_seed(plan.train.seed)

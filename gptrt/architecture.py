@@ -51,6 +51,8 @@ class ModelConfig:
     layers in `unrotated` have no positions at all. A position sees `window` positions, itself the
     last of them, or all before it where that is 0 and in the layers of `unwindowed`. Where heads
     were padded with zeros for the kernels, `true_head_dim` is what they were: it scales attention.
+    `projected` models have their vocabulary in a basis of its own: a matrix [n_embd, n_embd] leads
+    there before the head, and back after the embedding where that is `tied` to the head.
     """
 
     vocab_size: int = bounded(1, MAX_COUNT)
@@ -71,6 +73,7 @@ class ModelConfig:
     parallel: bool = False
     qk_norm: bool = False
     tied: bool = True
+    projected: bool = False
     norm_eps: float = bounded(0.0, 1.0, default=1e-5)
     rope_theta: float = bounded(1.0, 1e12, default=10000.0)
     rope_scaling: RopeScaling | None = None
