@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -79,8 +79,9 @@ class ConvertOptions:
         return rounds and checkpoint.rounding is None
 
     def projects(self, checkpoint: Checkpoint) -> bool:
-        """Whether the vocabulary is to be put in a basis of its own before it is rounded."""
-        if self.recipe is None or self.mixed or checkpoint.rounding is not None:
+        """Whether the vocabulary is to be put in a basis of its own before it is rounded. Not
+        where what the head reads is itself wanted: that is to be in the basis of the model."""
+        if self.recipe is None or checkpoint.rounding is not None or self.hidden_states:
             return False
         return self.recipe.projects(checkpoint.config)
 
@@ -111,7 +112,9 @@ class ConvertOptions:
                 found=self.mode,
                 do="leave one of them out",
             )
-        chosen = [name for name in given if name != "method" or self.method not in BY_TEXT]
+        chosen = [name for name in given if name not in ("method", "projection")]
+        if self.method is not None and self.method not in BY_TEXT:
+            chosen.append("method")
         if self.mixed and (chosen or self.mode != "int4"):
             raise OptionError(
                 f"a budget alone, or with --method {' or '.join(BY_TEXT)}: it chooses the formats",
@@ -145,9 +148,16 @@ class ConvertOptions:
         if self.window is not None and not 2 <= self.window <= context:
             raise OptionError(f"--window from 2 to {context}", found=f"{self.window}", do="correct")
         if self.bits_per_weight is not None:
-            check_budget(checkpoint.config, self.bits_per_weight)
+            projected = checkpoint.config.projected or self.projects(checkpoint)
+            check_budget(replace(checkpoint.config, projected=projected), self.bits_per_weight)
         if checkpoint.rounding is not None:
             self._check_trained_for(mode_of(checkpoint.rounding.formats))
+            if self.hidden_states and checkpoint.config.projected:
+                raise OptionError(
+                    "for --hidden-states a model in the basis that it was trained in",
+                    found="a vocabulary that was trained for its rounding in a basis of its own",
+                    do="leave --hidden-states out",
+                )
 
     def _check_trained_for(self, trained: str) -> None:
         if self.mode != trained or self.mixed or self.own_recipe:

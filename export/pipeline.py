@@ -155,7 +155,7 @@ def _reference(source: Path, checkpoint: Checkpoint, options: ConvertOptions) ->
 
 def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig | ForeignModel) -> None:
     known = config if isinstance(config, ForeignModel) else replace(config, projected=False)
-    if checkpoint.plain().config != known:
+    if replace(checkpoint.config, projected=False) != known:
         raise CheckpointError(
             "the checkpoint that the bundle was made from",
             found="another shape",

@@ -2,7 +2,7 @@
 reference; rounding, the gate and the bundle are ours.
 
 mobius constructs graphs from ONNX functions, optimum traces transformers' own code. Their caches
-grow from run to run, which the runtime can do as well (`gptrt.foreign`).
+grow from run to run, which the runtime can do as well (`gptrt.foreign_decoder`).
 """
 
 from __future__ import annotations

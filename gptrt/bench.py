@@ -13,7 +13,7 @@ from typing import Any
 from gptrt.decoder import Decoder
 from gptrt.engine import Device
 from gptrt.errors import OptionError
-from gptrt.foreign import ForeignDecoder
+from gptrt.foreign_decoder import ForeignDecoder
 from gptrt.format import open_bundle
 from gptrt.generator import Generator, embedded_bundle, open_decoder
 from gptrt.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from gptrt.task import Task
 from gptrt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from gptrt.foreign import ForeignDecoder
+    from gptrt.foreign_decoder import ForeignDecoder
 
 StrPath = str | os.PathLike[str]
 T = TypeVar("T")
@@ -43,7 +43,9 @@ def open_parts(path: StrPath | None, *, device: Device, threads: int | None) -> 
         from gptrt import foreign  # an import that bundles need not wait for
 
         if foreign.is_foreign(path):
-            return Parts(*foreign.open_parts(path, device=device, threads=threads))
+            from gptrt import foreign_decoder
+
+            return Parts(*foreign_decoder.open_parts(path, device=device, threads=threads))
     # Hashing, opening and reading the tokenizer do not need each other.
     bundle = open_structure(embedded_bundle() if path is None else path)
     hashing = _Beside(lambda: check_weights(bundle))
@@ -116,9 +118,10 @@ def open_decoder(
     """The decoder that runs a bundle: ours, or where another library built the graph, one for any
     decoder. Raises what `Decoder` does."""
     if isinstance(bundle.manifest.model, ForeignModel):
-        from gptrt import foreign
+        from gptrt.foreign import folder_of
+        from gptrt.foreign_decoder import ForeignDecoder
 
-        return foreign.ForeignDecoder(foreign.folder_of(bundle), device=device, threads=threads)
+        return ForeignDecoder(folder_of(bundle), device=device, threads=threads)
     return Decoder(bundle, device=device, threads=threads)
 
 

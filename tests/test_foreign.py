@@ -18,7 +18,8 @@ from export.pipeline import convert
 from export.runs import Run
 from gptrt.decoder import Decoder
 from gptrt.errors import BundleError, PromptError
-from gptrt.foreign import ForeignDecoder, open_foreign
+from gptrt.foreign import open_foreign
+from gptrt.foreign_decoder import ForeignDecoder
 from gptrt.format import open_bundle
 from gptrt.generator import Generator
 from gptrt.scoring import perplexity

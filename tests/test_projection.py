@@ -113,8 +113,8 @@ def test_only_a_large_vocabulary_of_few_bits_is_projected(run: Run) -> None:
         (wide, ConvertOptions("none")),
         (wide, ConvertOptions("int8")),
         (wide, ConvertOptions(head_bits=8)),
-        (wide, ConvertOptions(bits_per_weight=5.0)),
         (wide, ConvertOptions(projection=False)),
+        (wide, ConvertOptions(hidden_states=True)),
         (wide.projected(), ConvertOptions()),
     ):
         assert not options.projects(checkpoint)
@@ -147,6 +147,8 @@ def test_training_for_rounding_keeps_the_basis_and_other_software_sees_a_plain_m
     # The one matrix that is head and embedding there has what the head has here.
     assert (ours - theirs).norm() / theirs.norm() < 0.2
     out = tmp_path / "bundle"
+    refused = run_cli(gptrt_export, "convert", run.path, "--out", out, "--hidden-states")
+    assert_refused(refused, "--hidden-states", "basis")
     convert(run.path, out, ConvertOptions(allow_loss=True))
     wanted, found = checkpoint.plain().state, load_bundle(out).state
     for name, tensor in wanted.items():
