@@ -15,7 +15,7 @@ times the width both are small.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -25,6 +25,7 @@ from gptrt.architecture import ModelConfig
 
 PROJECTIONS = {"project_in.weight", "project_out.weight"}
 
+_ROWS = 1 << 13  # computed with at a time
 _LEAST_ROWS = 16  # a column: below, the projections are too much beside the vocabulary
 _LEAST_SPREAD = 1e-6  # of the largest eigenvalue, so that what W lacks can be turned back too
 
@@ -38,10 +39,10 @@ def worth_projecting(config: ModelConfig) -> bool:
 
 def project(config: ModelConfig, state: Mapping[str, Tensor]) -> Weights:
     """The same model, to the precision of fp32, with its vocabulary in a basis of its own."""
-    head = state["lm_head.weight"].double()
+    head = state["lm_head.weight"]
     there, back = _basis(head)
     new = dict(state) | {
-        "lm_head.weight": (head @ back).float(),
+        "lm_head.weight": _times(head, back),
         "project_out.weight": there.float(),
     }
     if config.tied:
@@ -55,8 +56,7 @@ def unproject(config: ModelConfig, state: Mapping[str, Tensor]) -> Weights:
     new = dict(state)
     if not config.projected:
         return config, new
-    there = new.pop("project_out.weight").double()
-    new["lm_head.weight"] = (new["lm_head.weight"].double() @ there).float()
+    new["lm_head.weight"] = _times(new["lm_head.weight"], new.pop("project_out.weight").double())
     if config.tied:
         del new["project_in.weight"]
         new["wte.weight"] = new["lm_head.weight"]
@@ -65,11 +65,21 @@ def unproject(config: ModelConfig, state: Mapping[str, Tensor]) -> Weights:
 
 def _basis(head: Tensor) -> tuple[Tensor, Tensor]:
     """K and its inverse, both [n_embd, n_embd], for a matrix [vocab, n_embd]."""
-    spread, directions = torch.linalg.eigh(head.T @ head)
+    gram = sum(part.T @ part for part in _in_double(head))
+    spread, directions = torch.linalg.eigh(gram)
     root = spread.clamp(min=float(spread.max()) * _LEAST_SPREAD) ** 0.25
     root = root / root.log().mean().exp()
     turn = _rotation(len(root))
     return turn @ (directions * root) @ directions.T, (directions / root) @ directions.T @ turn.T
+
+
+def _times(matrix: Tensor, square: Tensor) -> Tensor:
+    return torch.cat([(part @ square).float() for part in _in_double(matrix)])
+
+
+def _in_double(matrix: Tensor) -> Iterator[Tensor]:
+    """Rows by rows: whole, a vocabulary matrix would need its memory twice more."""
+    return (part.double() for part in torch.split(matrix, _ROWS))
 
 
 def _rotation(size: int) -> Tensor:
