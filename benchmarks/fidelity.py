@@ -89,7 +89,7 @@ def row(name: str, found: dict[str, Any], bundle: Path) -> str:
 
     from gptrt.format import open_bundle
 
-    weights = sum(tensor.numel() for tensor in load_bundle(bundle).model().parameters())
+    weights = sum(tensor.numel() for tensor in load_bundle(bundle).plain().model().parameters())
     size = open_bundle(bundle).weights_bytes
     return (
         f"| {name} | {found['perplexity_ratio']:.4f} | {found['kl']:.5f} | {found['top1']:.1%} "

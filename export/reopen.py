@@ -39,13 +39,16 @@ _MATRIX_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
 
 
 def load_checkpoint_or_bundle(path: Path) -> Checkpoint:
-    """What `--from` takes: a run, a Hugging Face folder, or a bundle of ours."""
-    return load_bundle(path) if (path / MANIFEST_FILE).is_file() else load_checkpoint(path)
+    """What `--from` takes: a run, a Hugging Face folder, or a bundle of ours, made plain: what is
+    trained is kept as other software knows it."""
+    if not (path / MANIFEST_FILE).is_file():
+        return load_checkpoint(path)
+    return load_bundle(path).plain()
 
 
 def load_bundle(path: Path) -> Checkpoint:
-    """The checkpoint that a bundle holds. Raises BundleError, and CheckpointError for a graph
-    that was not made by us."""
+    """The checkpoint that a bundle holds, its vocabulary in the basis that it has there. Raises
+    BundleError, and CheckpointError for a graph that was not made by us."""
     bundle = open_bundle(path)
     manifest, model = bundle.manifest, bundle.manifest.model
     if isinstance(model, ForeignModel):
@@ -73,11 +76,10 @@ def load_bundle(path: Path) -> Checkpoint:
     json = read_json(bundle.file(GENERATION_CONFIG_FILE), error=CheckpointError)
     special = read_special_ids(json, model.vocab_size) or special_ids(tokenizer)
     template = ChatTemplate.read(bundle.path)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         *(model, state, tokenizer, manifest.lineage, None, special, template),
         task=manifest.task,
     )
-    return checkpoint.plain()
 
 
 def _plain(graph: ir.Graph) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from export.options import ConvertOptions
 from export.pipeline import convert
 from export.projection import PROJECTIONS
 from export.quantize import Recipe, average_bits, quantize_model
-from export.reopen import load_bundle
+from export.reopen import load_bundle, load_checkpoint_or_bundle
 from export.runs import Run, create_run, open_run
 from export.start import plan_run
 from export.train import train
@@ -82,19 +82,19 @@ def test_a_projected_vocabulary_loses_half_or_less_to_rounding(shape: str) -> No
     assert lost[1] < 0.5 * lost[0]
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama-untied"])
 def test_a_bundle_of_a_projected_vocabulary_is_the_model_and_can_be_taught(
-    shape: str, save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    source = save_model(uneven(SHAPES[shape]))
+    shape = SHAPES["llama-untied"]  # tests of conversion have a tied one
+    source = save_model(uneven(shape))
     out = tmp_path / "bundle"
     manifest = convert(source, out, ConvertOptions(verify_text=text_file, allow_loss=True))
-    assert manifest.model == replace(SHAPES[shape], projected=True)
+    assert manifest.model == replace(shape, projected=True)
     assert run_cli(gptrt, "verify", out).exit_code == 0
     verified = run_cli(gptrt_export, "verify", out, "--against", source, "--text", text_file)
     assert verified.exit_code in (0, 1), verified.output  # 1: random weights lose much
-    reopened = load_bundle(out)
-    assert reopened.config == SHAPES[shape]
+    reopened = load_checkpoint_or_bundle(out)
+    assert reopened.config == shape
     wanted = load_checkpoint(source).state["lm_head.weight"]
     error = (reopened.state["lm_head.weight"] - wanted).norm() / wanted.norm()
     assert error < 0.2
@@ -150,7 +150,7 @@ def test_training_for_rounding_keeps_the_basis_and_other_software_sees_a_plain_m
     refused = run_cli(gptrt_export, "convert", run.path, "--out", out, "--hidden-states")
     assert_refused(refused, "--hidden-states", "basis")
     convert(run.path, out, ConvertOptions(allow_loss=True))
-    wanted, found = checkpoint.plain().state, load_bundle(out).state
+    wanted, found = checkpoint.state, load_bundle(out).state
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
