@@ -105,6 +105,12 @@ class ConvertOptions:
                 found="fp16",
                 do="leave one of them out",
             )
+        if self.hidden_states and self.projection:
+            raise OptionError(
+                "--hidden-states, in the model's own basis, or --projection into another",
+                found="both",
+                do="leave one of them out",
+            )
         given = self.own_recipe
         if self.recipe is None and (given or self.mixed):
             raise OptionError(

@@ -160,7 +160,8 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def average_bits(config: ModelConfig, formats: Mapping[str, BlockFormat]) -> float:
-    """Bits a weight over all parameters, scales included, vectors at their 32 bits."""
+    """Bits a weight over all parameters, scales included, vectors at their 32 bits. Projections are
+    no parameters of the model: their bits are borne by those that it has."""
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
     shapes = matrix_shapes(config)

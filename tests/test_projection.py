@@ -104,6 +104,17 @@ def test_a_bundle_of_a_projected_vocabulary_is_the_model_and_can_be_taught(
     assert average_bits(manifest.model, more) > average_bits(reopened.config, formats)  # type: ignore[arg-type]
 
 
+def test_a_budget_covers_the_projections(
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    source, out = save_model(uneven(SHAPES["gpt2"])), tmp_path / "bundle"
+    budget = ConvertOptions(bits_per_weight=7.5, verify_text=text_file, allow_loss=True)
+    manifest = convert(source, out, budget)
+    assert manifest.model == replace(SHAPES["gpt2"], projected=True)
+    assert manifest.quantization.bits_per_weight <= 7.5
+    assert {matrix.name for matrix in manifest.quantization.matrices} >= PROJECTIONS
+
+
 def test_only_a_large_vocabulary_of_few_bits_is_projected(run: Run) -> None:
     wide, narrow = checkpoint_of(uneven(SHAPES["gpt2"])), load_checkpoint(run.path)
     assert ConvertOptions().projects(wide)
