@@ -1,7 +1,7 @@
 """The run: the same questions to every runtime, in rounds, one runtime at a time.
 
 All processes live at the same time and wait while another one measures, so that what else the
-machine does falls on all alike; every second round asks in the opposite order.
+machine does falls on all alike; every round asks in an order of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from .models import Candidate, Checkpoint, Workshop
@@ -211,5 +212,8 @@ class Run:
 
 
 def _in_turn(workers: Workers, turn: int) -> list[tuple[Candidate, Worker]]:
-    """Everyone, in the opposite order every second round."""
-    return list(workers.values())[:: -1 if turn % 2 else 1]
+    """Everyone, in an order that the number of the round makes: whoever follows a heavy neighbour,
+    or is the first after a pause, is a little slower."""
+    everyone = list(workers.values())
+    Random(turn).shuffle(everyone)
+    return everyone
