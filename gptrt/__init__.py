@@ -35,12 +35,13 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from gptrt.format import Bundle, open_bundle
-    from gptrt.generator import Generator, Stream, embedded_bundle
+    from gptrt.generator import Generator, embedded_bundle
     from gptrt.interrupt import Cancellation
     from gptrt.memory import MemoryEstimate
     from gptrt.results import Generation, Timings
     from gptrt.scoring import Perplexity, Score, perplexity
     from gptrt.session import Session
+    from gptrt.stream import Stream
     from gptrt.task import Task
 
 _HOMES = {
@@ -61,13 +62,14 @@ _HOMES = {
         "TrainingError",
     ),
     "gptrt.format": ("Bundle", "open_bundle"),
-    "gptrt.generator": ("Generator", "Stream", "embedded_bundle"),
+    "gptrt.generator": ("Generator", "embedded_bundle"),
     "gptrt.constraint": ("Grammar", "JsonSchema", "Regex"),
     "gptrt.interrupt": ("Cancellation",),
     "gptrt.memory": ("MemoryEstimate",),
     "gptrt.results": ("Generation", "Timings"),
     "gptrt.scoring": ("Perplexity", "Score", "perplexity"),
     "gptrt.session": ("Session",),
+    "gptrt.stream": ("Stream",),
     "gptrt.task": ("Task",),
     "gptrt.decoder": ("Decoder",),
 }

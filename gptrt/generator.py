@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.answers import Labelled, choice, classify, likeliest_sentence, question, required
+from gptrt.asked import Configs, for_each, for_one, for_stream, refuse_many
 from gptrt.calls import Call, Calls, Reuse, check_prompt
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
@@ -34,43 +35,14 @@ from gptrt.opening import embedded_bundle as embedded_bundle  # for who imports 
 from gptrt.opening import open_decoder as open_decoder
 from gptrt.results import Generation
 from gptrt.scoring import Perplexity, Pooling, Score, embed, logits_at, perplexity, score
+from gptrt.stream import Stream
 from gptrt.task import Task, Text
 from gptrt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
-Configs = GenerationConfig | Sequence[GenerationConfig]
 T = TypeVar("T")
 
 _BATCH_SIZE = 8
-
-
-class Stream(Iterator[str]):
-    """Pieces of text as they come, each as soon as its characters are whole.
-
-    It may be left at any time; `close`, or the end of a `with` block, lets go of what it holds.
-    """
-
-    def __init__(self, pieces: Iterator[str], result: Callable[[], Generation]) -> None:
-        self._pieces, self._result = pieces, result
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End it here. From another thread use a `Cancellation`."""
-        self._pieces.close()  # type: ignore[attr-defined]
-
-    @property
-    def result(self) -> Generation:
-        """What came so far; at the end, what `complete` gives. A stream that was left before it is
-        "cancelled"."""
-        return self._result()
 
 
 class Generator:
@@ -219,21 +191,21 @@ class Generator:
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
     ) -> Generation:
         """The same with its ids, why it ended, and what else was asked for."""
-        (result,) = self.complete_batch([prompt], config=_alone(config, options), **options)
+        (result,) = self.complete_batch([prompt], config=for_one(config, options), **options)
         return result
 
     def stream(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
     ) -> Stream:
         """The same text in pieces."""
-        calls, call = self._call([prompt], _streamed(config, options), options)
+        calls, call = self._call([prompt], for_stream(config, options), options)
         return _stream(calls, call)
 
     def tokens(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
     ) -> Iterator[int]:
         """The ids, one by one. Stop strings need text: with them this raises OptionError."""
-        calls, call = self._call([prompt], _streamed(config, options), options)
+        calls, call = self._call([prompt], for_stream(config, options), options)
         if call.writers[0].one.config.stop_strings:
             raise OptionError(
                 "options that ids can honour", found="stop_strings", do="use stream or generate"
@@ -265,7 +237,7 @@ class Generator:
         """
         if type(batch_size) is not int or batch_size < 1:
             raise OptionError("batch_size of 1 or more", found=repr(batch_size), do="correct it")
-        configs = _configs(config, options, len(prompts))
+        configs = for_each(config, options, len(prompts))
         if not configs:
             return []
         if any(config.num_beams > 1 for config in configs):
@@ -327,7 +299,7 @@ class Generator:
         self, text: Text, *, config: GenerationConfig | None = None, **options: Any
     ) -> Generation:
         """What a bundle that was fine-tuned for a task answers to a text: `answer_batch` of one."""
-        return self.answer_batch([text], config=_alone(config, options), **options)[0]
+        return self.answer_batch([text], config=for_one(config, options), **options)[0]
 
     def answer_batch(
         self,
@@ -348,7 +320,7 @@ class Generator:
             options["max_new_tokens"] = task.max_new_tokens
         prompts = [
             question(self.calls, self.encode, task, text, each.max_new_tokens)
-            for text, each in zip(texts, _configs(config, options, len(texts)), strict=True)
+            for text, each in zip(texts, for_each(config, options, len(texts)), strict=True)
         ]
         results = self.complete_batch(prompts, config=config, batch_size=batch_size, **options)
         return [replace(result, text=result.text.strip()) for result in results]
@@ -524,67 +496,6 @@ class Generator:
             progress=options.get("progress"),
         )
         return calls, call
-
-
-_CONTROLS = ("cancellation", "progress")  # of a call, not of what is generated
-
-
-def config_of(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
-    """What a call asks for. Raises OptionError."""
-    given = {name: value for name, value in options.items() if name not in _CONTROLS}
-    if config is None:
-        return GenerationConfig.from_options(**given)
-    if given:
-        raise OptionError("config= or options", found="both", do="put all into the config")
-    return config
-
-
-def _alone(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig | None:
-    """Raises OptionError where there would be several results."""
-    _refuse_several(config_of(config, options))
-    return config
-
-
-def _streamed(
-    config: GenerationConfig | None, options: dict[str, Any]
-) -> Sequence[GenerationConfig]:
-    """Raises OptionError for what is only known at the end."""
-    found = config_of(config, options)
-    refuse_many(found)
-    return [found]
-
-
-def refuse_many(config: GenerationConfig) -> None:
-    _refuse_several(config)
-    if config.num_beams > 1:
-        raise OptionError(
-            "options that a stream can honour",
-            found="num_beams: what a search finds is known at its end",
-            do="use complete",
-        )
-
-
-def _refuse_several(config: GenerationConfig) -> None:
-    if config.num_return_sequences > 1:
-        raise OptionError(
-            "one sequence",
-            found=f"num_return_sequences={config.num_return_sequences}",
-            do="use complete_batch or generate_batch",
-        )
-
-
-def _configs(
-    config: Configs | None, options: dict[str, Any], count: int
-) -> Sequence[GenerationConfig]:
-    """One for each prompt."""
-    if config is None or isinstance(config, GenerationConfig):
-        return [config_of(config, options)] * count
-    configs = [config_of(each, options) for each in config]
-    if len(configs) != count:
-        raise OptionError(
-            f"a config for each of {count} prompts", found=f"{len(configs)}", do="give as many"
-        )
-    return configs
 
 
 def _stream(calls: Calls, call: Call, slab: Slab | None = None) -> Stream:

@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from gptrt.architecture import MAX_COUNT
+from gptrt.asked import config_of, refuse_many
 from gptrt.calls import check_prompt
 from gptrt.config import GenerationConfig
 from gptrt.decoding import Progress, Slab
 from gptrt.errors import PromptError, SessionError, TargetError, first_line
-from gptrt.generator import Generator, Prompt, Stream, config_of, refuse_many
+from gptrt.generator import Generator, Prompt
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
 from gptrt.results import Generation
 from gptrt.schema import bounded, decode
+from gptrt.stream import Stream
 
 _MAGIC = b"gptrt-session\n"
 _VERSION = 1

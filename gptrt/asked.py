@@ -1,0 +1,73 @@
+"""What a call asks for: a config for each prompt, given whole or as keywords. What a call cannot
+honour is refused here, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gptrt.config import GenerationConfig
+from gptrt.errors import OptionError
+
+Configs = GenerationConfig | Sequence[GenerationConfig]
+
+_CONTROLS = ("cancellation", "progress")  # of a call, not of what is generated
+
+
+def config_of(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    """That of one prompt. Raises OptionError."""
+    given = {name: value for name, value in options.items() if name not in _CONTROLS}
+    if config is None:
+        return GenerationConfig.from_options(**given)
+    if given:
+        raise OptionError("config= or options", found="both", do="put all into the config")
+    return config
+
+
+def for_one(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig | None:
+    """The config as it was given. Raises OptionError where there would be several results."""
+    _refuse_several(config_of(config, options))
+    return config
+
+
+def for_stream(
+    config: GenerationConfig | None, options: dict[str, Any]
+) -> Sequence[GenerationConfig]:
+    """That of a stream's one prompt. Raises OptionError for what is only known at the end."""
+    found = config_of(config, options)
+    refuse_many(found)
+    return [found]
+
+
+def refuse_many(config: GenerationConfig) -> None:
+    """Raises OptionError for a config that gives more than one result, or seeks among several."""
+    _refuse_several(config)
+    if config.num_beams > 1:
+        raise OptionError(
+            "options that a stream can honour",
+            found="num_beams: what a search finds is known at its end",
+            do="use complete",
+        )
+
+
+def _refuse_several(config: GenerationConfig) -> None:
+    if config.num_return_sequences > 1:
+        raise OptionError(
+            "one sequence",
+            found=f"num_return_sequences={config.num_return_sequences}",
+            do="use complete_batch or generate_batch",
+        )
+
+
+def for_each(
+    config: Configs | None, options: dict[str, Any], count: int
+) -> Sequence[GenerationConfig]:
+    """One for each prompt."""
+    if config is None or isinstance(config, GenerationConfig):
+        return [config_of(config, options)] * count
+    configs = [config_of(each, options) for each in config]
+    if len(configs) != count:
+        raise OptionError(
+            f"a config for each of {count} prompts", found=f"{len(configs)}", do="give as many"
+        )
+    return configs
