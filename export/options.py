@@ -170,5 +170,5 @@ class ConvertOptions:
             raise OptionError(
                 f"--quantize {trained} and nothing else, which the model was trained for",
                 found=f"--quantize {self.mode} or a recipe of its own",
-                do="leave the recipe to the checkpoint, or convert what it was trained from",
+                do=f"give --quantize {trained} alone, or convert what it was trained from",
             )
