@@ -37,6 +37,9 @@ RECIPES: dict[str, list[str]] = {
     "int4, learned, block 128, head int4": [
         *("--method", "learned", "--block-size", "128", "--head-bits", "4"),
     ],
+    "int4, learned, block 128, head int4, no projection": [
+        *("--method", "learned", "--block-size", "128", "--head-bits", "4", "--no-projection"),
+    ],
     "mixed, 4.46 bits, learned": ["--bits-per-weight", "4.46", "--method", "learned"],
     "int4, nearest": ["--method", "nearest"],
     "int4, k-quant": ["--method", "k-quant"],
@@ -92,7 +95,8 @@ def row(name: str, found: dict[str, Any], bundle: Path) -> str:
     weights = sum(tensor.numel() for tensor in load_bundle(bundle).plain().model().parameters())
     size = open_bundle(bundle).weights_bytes
     return (
-        f"| {name} | {found['perplexity_ratio']:.4f} | {found['kl']:.5f} | {found['top1']:.1%} "
+        f"| {name} | {found['perplexity_ratio']:.4f} ± {found['ratio_error']:.4f} "
+        f"| {found['kl']:.5f} | {found['top1']:.1%} "
         f"| {found['greedy']:.0%} | {found['bits_per_weight']:.2f} | {8 * size / weights:.2f} "
         f"| {size / 1e6:.1f} |"
     )

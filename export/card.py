@@ -70,7 +70,7 @@ def _fidelity(fidelity: Fidelity) -> str:
         "| greedy agreement |\n"
         "|---|---|---|---|---|---|\n"
         f"| {fidelity.perplexity:.3f} | {fidelity.perplexity_reference:.3f} "
-        f"| {fidelity.perplexity_ratio:.4f} | {fidelity.kl:.5f} | {fidelity.top1:.2%} "
+        f"| {fidelity.ratio} | {fidelity.kl:.5f} | {fidelity.top1:.2%} "
         f"| {greedy} |\n\n"
         "Greedy agreement: of 32 tokens that both add to a prompt, the share before they differ."
     )

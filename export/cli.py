@@ -16,6 +16,8 @@ from .console import PATH, interruptible, pairs, report, resume_line, say
 if TYPE_CHECKING:
     from .quantize import Mode
 
+_TOKENS = "Of it, to measure on: 16,384; more tell smaller losses from chance."
+
 
 @click.group(name="gptrt-export", cls=OneLineErrors)
 def main() -> None:
@@ -120,7 +122,7 @@ def presets() -> None:
     "--quantize",
     "mode",
     type=click.Choice(["none", "fp16", "int8", "int4", "int2"]),
-    help="int4 if not given; int2 is for models that were trained for it.",
+    help="int4, or what the model was trained for, if not given.",
 )
 @click.option(
     "--method",
@@ -155,6 +157,7 @@ def presets() -> None:
 @click.option("--hidden-states", is_flag=True, help="Let it give embeddings of texts, too.")
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), help="Numbers in the KV cache.")
 @click.option("--verify-text", type=PATH, help="Text to measure fidelity on.")
+@click.option("--verify-tokens", type=click.IntRange(min=2), help=_TOKENS)
 @click.option("--calibration-text", type=PATH, help="Other text, to correct rounding errors by.")
 @click.option("--window", type=int, help="Tokens in a row of either text: the context.")
 @click.option("--against", type=PATH, help="Another checkpoint to be compared with.")
@@ -190,10 +193,16 @@ def convert(
 @click.argument("bundle", type=PATH)
 @click.option("--against", required=True, type=PATH, help="The checkpoint it was made from.")
 @click.option("--text", required=True, type=PATH, help="Text to compare on.")
+@click.option("--verify-tokens", type=click.IntRange(min=2), help=_TOKENS)
 @click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def verify(
-    bundle: Path, against: Path, text: Path, max_perplexity_ratio: float | None, as_json: bool
+    bundle: Path,
+    against: Path,
+    text: Path,
+    verify_tokens: int | None,
+    max_perplexity_ratio: float | None,
+    as_json: bool,
 ) -> None:
     """Measure a bundle against its checkpoint, through the runtime.
 
@@ -202,6 +211,7 @@ def verify(
     from . import pipeline
     from .hub import local_checkpoint
 
-    manifest, fidelity = pipeline.verify(bundle, local_checkpoint(against), text, say)
+    against = local_checkpoint(against)
+    manifest, fidelity = pipeline.verify(bundle, against, text, say, tokens=verify_tokens)
     report(pipeline.summary(bundle, manifest, fidelity), as_json)
     pipeline.check_fidelity(fidelity, manifest.quantization.mode, max_perplexity_ratio)

@@ -11,7 +11,7 @@ from gptrt.errors import OptionError
 from gptrt.format import CacheLayout
 
 from .checkpoint import Checkpoint
-from .quantize import BY_TEXT, Recipe, mode_of
+from .quantize import BY_TEXT, Mode, Recipe, mode_of
 from .rounding import Method
 from .sensitivity import check_budget
 from .texts import DEFAULT_TOKENS, TextFiles
@@ -22,15 +22,16 @@ _RECIPE = ("method", "block_size", "head_bits", "symmetric", "projection")
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """None leaves a choice to the exporter: method, head and blocks to what loses least in a mode,
-    `max_perplexity_ratio` to `LIMITS`.
+    """None leaves a choice to the exporter: `mode` to what the model was trained for, int4 if
+    nothing, method, head and blocks to what loses least in a mode, `max_perplexity_ratio` to
+    `LIMITS`.
 
     `bits_per_weight` or `target_ratio` is a budget, in bits over all parameters or in perplexity:
     with one of them every matrix gets bits and block of its own, by measured damage, and is rounded
     by `method`, one that takes text.
     """
 
-    mode: Literal["none", "fp16", "int8", "int4", "int2"] = "int4"
+    mode: Literal["none", "fp16"] | Mode | None = None
     method: Method | None = None
     block_size: int | None = None
     head_bits: int | None = None
@@ -56,7 +57,7 @@ class ConvertOptions:
         """Raises OptionError for a combination that there is not."""
         if self.mode == "none" or self.mode == "fp16":
             return None
-        return Recipe(self.mode, *(getattr(self, name) for name in _RECIPE))
+        return Recipe(self.mode or "int4", *(getattr(self, name) for name in _RECIPE))
 
     @property
     def mixed(self) -> bool:
@@ -115,13 +116,13 @@ class ConvertOptions:
         if self.recipe is None and (given or self.mixed):
             raise OptionError(
                 f"--quantize int8, int4 or int2 with {', '.join(given) or 'a budget'}",
-                found=self.mode,
+                found=f"{self.mode}",
                 do="leave one of them out",
             )
         chosen = [name for name in given if name not in ("method", "projection")]
         if self.method is not None and self.method not in BY_TEXT:
             chosen.append("method")
-        if self.mixed and (chosen or self.mode != "int4"):
+        if self.mixed and (chosen or self.mode not in (None, "int4")):
             raise OptionError(
                 f"a budget alone, or with --method {' or '.join(BY_TEXT)}: it chooses the formats",
                 found=", ".join(chosen) or f"--quantize {self.mode}",
@@ -166,9 +167,9 @@ class ConvertOptions:
                 )
 
     def _check_trained_for(self, trained: str) -> None:
-        if self.mode != trained or self.mixed or self.own_recipe:
+        if self.mode not in (None, trained) or self.mixed or self.own_recipe:
             raise OptionError(
                 f"--quantize {trained} and nothing else, which the model was trained for",
-                found=f"--quantize {self.mode} or a recipe of its own",
-                do=f"give --quantize {trained} alone, or convert what it was trained from",
+                found=f"--quantize {self.mode}" if self.mode else "a recipe of its own",
+                do="leave all of that out, or convert what it was trained from",
             )

@@ -164,18 +164,24 @@ def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig | ForeignModel
 
 
 def verify(
-    path: Path, against: Path, text: Path, step: Step = silent_step
+    path: Path,
+    against: Path,
+    text: Path,
+    step: Step = silent_step,
+    *,
+    tokens: int | None = None,
 ) -> tuple[Manifest, Fidelity]:
-    """Measure an existing bundle against the checkpoint `against` on a text file."""
-    bundle = open_bundle(path)
+    """Measure an existing bundle against the checkpoint `against` on the first `tokens` of a text
+    file."""
+    bundle, tokens = open_bundle(path), tokens or DEFAULT_TOKENS
     checkpoint = with_padded_heads(load_checkpoint(against))
     _check_same_shape(checkpoint, bundle.manifest.model)
-    texts = choose_texts(against, checkpoint.tokenizer, TextFiles(text))
+    texts = choose_texts(against, checkpoint.tokenizer, TextFiles(text, None, tokens))
     step("verifying against PyTorch")
     decoder = open_decoder(bundle, device="cpu")
     model = checkpoint.alone().frozen()
     ids = texts.verify
-    return bundle.manifest, measure(decoder, model, ids, text=texts.name, tokens=DEFAULT_TOKENS)
+    return bundle.manifest, measure(decoder, model, ids, text=texts.name, tokens=tokens)
 
 
 def summary(
@@ -190,6 +196,7 @@ def summary(
         "perplexity": fidelity.perplexity,
         "perplexity_reference": fidelity.perplexity_reference,
         "perplexity_ratio": fidelity.perplexity_ratio,
+        "ratio_error": fidelity.ratio_error,
         "kl": fidelity.kl,
         "top1": fidelity.top1,
         "greedy": fidelity.greedy,
@@ -243,7 +250,7 @@ def _promise(
         examples=texts.examples,
     )
     if not options.allow_loss:
-        check_fidelity(fidelity, options.mode, options.max_perplexity_ratio)
+        check_fidelity(fidelity, manifest.quantization.mode, options.max_perplexity_ratio)
     promised = replace(manifest, fidelity=fidelity, golden=golden_prompts(decoder, texts.verify))
     card = bundle.path / CARD_FILE
     card.write_text(model_card(promised, _samples(bundle)), encoding="utf-8")
@@ -268,6 +275,6 @@ def check_fidelity(fidelity: Fidelity, mode: str, limit: float | None = None) ->
     if not fidelity.perplexity_ratio <= limit:  # NaN is above every limit
         raise FidelityError(
             f"a perplexity ratio of at most {limit} for {mode}",
-            found=f"{fidelity.perplexity_ratio:.4f} on {fidelity.text}",
+            found=f"{fidelity.ratio} on {fidelity.tokens:,} tokens of {fidelity.text}",
             do="use a smaller --block-size or more bits, or accept it with --allow-loss",
         )

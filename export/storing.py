@@ -15,7 +15,7 @@ from .learned_rounding import MORE_TEXT
 from .model import GPT
 from .options import ConvertOptions
 from .progress import ProgressBar
-from .quantize import Matrices, describe, quantize_model
+from .quantize import Matrices, describe, mode_of, quantize_model
 from .rounding import Method
 from .sensitivity import (
     Options,
@@ -63,12 +63,12 @@ def store(
 ) -> Stored:
     """Round the matrices of a model as the options ask."""
     config, recipe = checkpoint.config, options.recipe
-    if recipe is None:
-        return Stored({}, _UNQUANTIZED[options.mode])
     if checkpoint.rounding is not None:
         formats = checkpoint.rounding.formats
         matrices = checkpoint.rounding.matrices()
-        return Stored(matrices, describe(recipe.mode, "trained rounding", config, formats))
+        return Stored(matrices, describe(mode_of(formats), "trained rounding", config, formats))
+    if recipe is None:
+        return Stored({}, _UNQUANTIZED[f"{options.mode}"])
     windows = None
     if texts.calibration is not None:
         length = options.window or min(config.n_positions, _LONGEST_WINDOW)

@@ -57,20 +57,23 @@ def measure(
         if examples is None
         else examples.one_by_one(_READ_FOR_ANSWERS * tokens, size)
     )
-    sums, predicted = np.zeros(4), 0
+    sums, predicted = np.zeros(5), 0
     for batch in batches:
         sums += _compare(decoder, model, batch)
         predicted += int((batch.targets != IGNORED).sum())
-    nll, nll_reference, kl, agree = sums / predicted
+    nll, nll_reference, kl, agree, squares = sums / predicted
+    ratio = _exp(nll - nll_reference)
+    variance = max(0.0, squares - (nll - nll_reference) ** 2)
     return Fidelity(
         text=text,
         tokens=predicted,
         perplexity=_exp(nll),
         perplexity_reference=_exp(nll_reference),
-        perplexity_ratio=_exp(nll - nll_reference),
+        perplexity_ratio=ratio,
         kl=float(kl),
         top1=float(agree),
         greedy=greedy_agreement(decoder, model, ids[:read]),
+        ratio_error=ratio * math.sqrt(variance / max(1, predicted - 1)),
     )
 
 
@@ -80,7 +83,8 @@ def _exp(nats: float) -> float:
 
 @torch.no_grad()
 def _compare(decoder: Runner, model: Reference, batch: Batch) -> NDArray[np.float64]:
-    """Sums over the targets of a batch that count: nll, reference nll, KL, agreements."""
+    """Sums over the targets of a batch that count: nll, reference nll, KL, agreements, squares of
+    the differences of both nll."""
     inputs, targets = batch.inputs, torch.from_numpy(batch.targets)
     cache = decoder.new_cache(inputs.shape[1], batch=len(inputs))
     counted = targets != IGNORED
@@ -88,17 +92,18 @@ def _compare(decoder: Runner, model: Reference, batch: Batch) -> NDArray[np.floa
     wanted = _log_probs(model(torch.from_numpy(inputs)))
     found, wanted, targets = (rows[counted] for rows in (found, wanted, targets))
     nll, nll_reference = (_nll(log_probs, targets) for log_probs in (found, wanted))
+    squares = (nll - nll_reference).square().sum()
     kl = (wanted.exp() * (wanted - found)).sum().item()
     agree = (found.argmax(-1) == wanted.argmax(-1)).sum().item()
-    return np.array([nll, nll_reference, kl, agree])
+    return np.array([nll.sum(), nll_reference.sum(), kl, agree, squares])
 
 
 def _log_probs(logits: Tensor) -> Tensor:
     return F.log_softmax(logits.float(), dim=-1)  # [..., vocab]
 
 
-def _nll(log_probs: Tensor, targets: Tensor) -> float:
-    return -log_probs.gather(-1, targets[..., None]).double().sum().item()
+def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
+    return -log_probs.gather(-1, targets[..., None]).double()
 
 
 @torch.no_grad()

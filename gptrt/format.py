@@ -108,7 +108,8 @@ class Fidelity:
 
     `kl` is the mean over positions of KL(reference || bundle) in nats; `top1` the share of
     positions where both have the same most likely token; `greedy` the share of tokens before both
-    differ, when both continue the same prompts greedily (None: an older bundle did not measure it).
+    differ, when both continue the same prompts greedily; `ratio_error` the standard error of the
+    perplexity ratio, over positions. None: an older bundle did not measure it.
     """
 
     text: str
@@ -119,6 +120,13 @@ class Fidelity:
     kl: float = bounded(-1.0, 1e6)
     top1: float = bounded(0.0, 1.0)
     greedy: float | None = bounded(0.0, 1.0, default=None)
+    ratio_error: float | None = bounded(0.0, 1e30, default=None)
+
+    @property
+    def ratio(self) -> str:
+        """The perplexity ratio for people to read, with its error."""
+        error = "" if self.ratio_error is None else f" ± {self.ratio_error:.4f}"
+        return f"{self.perplexity_ratio:.4f}{error}"
 
 
 @dataclass(frozen=True)

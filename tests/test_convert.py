@@ -18,7 +18,7 @@ from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.model import GPT
 from export.options import ConvertOptions
-from export.pipeline import convert
+from export.pipeline import convert, verify
 from export.reopen import load_bundle
 from export.runs import Run
 from gptrt.decoder import Decoder
@@ -198,8 +198,22 @@ def test_the_bundle_says_what_it_is_and_where_it_comes_from(bundle: Path, run: R
     assert fidelity.top1 > 0.95
     assert fidelity.kl < 0.01
     card = (bundle / "README.md").read_text()
-    assert f"{fidelity.perplexity_ratio:.4f}" in card
+    assert f"{fidelity.perplexity_ratio:.4f} ± {fidelity.ratio_error:.4f}" in card
     assert {p.name for p in bundle.iterdir()} == {*manifest.files, "gptrt.json"}
+
+
+def test_the_error_of_the_ratio_falls_with_the_text_that_it_is_measured_on(
+    bundle: Path, run: Run, text_file: Path
+) -> None:
+    errors, ratios = [], []
+    for tokens in (640, 16 * 640):
+        _, found = verify(bundle, run.path, text_file, tokens=tokens)
+        assert found.tokens == tokens
+        assert found.ratio_error is not None
+        errors.append(found.ratio_error)
+        ratios.append(found.perplexity_ratio)
+    assert errors[1] == pytest.approx(errors[0] / 4, rel=0.5)
+    assert ratios[0] == pytest.approx(ratios[1], abs=4 * errors[0])
 
 
 def test_a_bundle_above_the_limit_fails_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
@@ -249,7 +263,7 @@ def test_a_bundle_can_be_fine_tuned(bundle: Path, text_file: Path, tmp_path: Pat
 
 def test_json_output_has_the_agreed_keys(bundle: Path, run: Run, text_file: Path) -> None:
     keys = {"bundle", "quantize", "bytes", "perplexity", "perplexity_reference"}
-    keys |= {"perplexity_ratio", "kl", "top1", "greedy", "bits_per_weight"}
+    keys |= {"perplexity_ratio", "ratio_error", "kl", "top1", "greedy", "bits_per_weight"}
     checked = run_cli(
         gptrt_export, "verify", bundle, "--against", run.path, "--text", text_file, "--json"
     )
