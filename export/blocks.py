@@ -9,6 +9,7 @@ At 4 bits and block 128, symmetric, that is 4.25 bits a weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +122,19 @@ class BlockMatrix:
         per_byte = 8 // self.format.bits
         return pack(np.pad(self.zeros, ((0, 0), (0, -self.zeros.shape[1] % per_byte))), self.bits)
 
+    @classmethod
+    def stack(cls, parts: Sequence[BlockMatrix]) -> BlockMatrix:
+        """Rows below rows, all of one format and width."""
+        first = parts[0]
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        return cls(
+            first.format,
+            first.columns,
+            np.concatenate([part.packed for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(zeros) if zeros else None,
+        )
+
     @property
     def bits(self) -> int:
         return self.format.bits
@@ -134,11 +148,13 @@ class BlockMatrix:
 def least_squares_grid(weight: Float, fmt: BlockFormat, importance: Float | None = None) -> Grid:
     """Of a few candidates the grid with the least squared error in each block of [rows, columns].
 
-    `importance` [columns] weighs the error of a column: where its inputs are large, it counts.
+    `importance`, [columns] or [rows, columns], weighs the error of a column: where its inputs are
+    large, it counts.
     """
     blocks = to_blocks(weight, fmt.block_size)
-    weights = np.ones((1, weight.shape[1]), np.float32) if importance is None else importance[None]
-    weights = to_blocks(weights.astype(np.float32), fmt.block_size)  # [1, blocks, size]
+    even = np.ones(weight.shape[1], np.float32)
+    weights = np.atleast_2d(even if importance is None else importance).astype(np.float32)
+    weights = to_blocks(weights, fmt.block_size)  # [rows or 1, blocks, size]
     ends = _signed_extreme(blocks, fmt) if fmt.symmetric else _range(blocks, fmt)
     best, least = Grid(fmt, *ends), np.full(blocks.shape[:2], np.inf, np.float32)
     for factor in _SHRINK[fmt.bits]:

@@ -21,7 +21,8 @@ from .blocks import BlockFormat, BlockMatrix
 from .model import GPT, Attend, CausalAttention
 from .parts import parameter_of, parts_of, rows_of
 from .progress import Progress
-from .rounding import Moments, corrected_where_known
+from .rounding import Moments, corrected_where_known, error_corrected, without_drift
+from .vocabulary import RowCosts, embedding_cost
 
 Ids = NDArray[np.int64]
 
@@ -31,16 +32,26 @@ _AS_EMBEDDING = 0.5  # of the head's mean; between 0.3 and 1 it lost least on a 
 
 @torch.no_grad()
 def correct_errors(
-    model: GPT, formats: Mapping[str, BlockFormat], windows: Ids, progress: Progress
+    model: GPT,
+    formats: Mapping[str, BlockFormat],
+    windows: Ids,
+    progress: Progress,
+    *,
+    by_row: bool = False,
 ) -> dict[str, BlockMatrix]:
-    """Round every matrix in `formats` for `windows` of calibration text [count, length].
+    """Round every matrix in `formats` for `windows` of calibration text [count, length]; `by_row`
+    takes each row of the vocabulary for itself, which is closer and takes longer.
 
     A tied matrix comes first, as the embedding that all others read through; as the head it is
     corrected for what the unrounded model gives it.
     """
     work = _Correction(model.eval(), formats, progress)
     attend, batches = CausalAttention(model.config), _batches(windows)
-    if model.config.tied:
+    if model.config.tied and by_row:
+        contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in batches])
+        cost = embedding_cost(model, batches)
+        work.store_rows("wte.weight", RowCosts.measure(model.wte.weight, contexts, cost))
+    elif model.config.tied:
         as_head = _sum_moments((model.hidden(ids), None) for ids in batches)
         work.store_all("wte.weight", tied(as_head, _metric_of_rows(model)))
     else:
@@ -68,8 +79,14 @@ def correct_errors(
         normed = ((model.ln_f(a), model.ln_f(b)) for a, b in pairs)
         work.store_all("project_out.weight", _sum_moments(normed))
     if not model.config.tied:
-        finals = ((work.rounded.before_head(a), model.before_head(b)) for a, b in pairs)
-        work.store_all("lm_head.weight", _sum_moments(finals))
+        finals = [(work.rounded.before_head(a), model.before_head(b)) for a, b in pairs]
+        moments = _sum_moments(finals)
+        if by_row:
+            work.undo_drift("lm_head.weight", moments)
+            read = torch.cat([a.flatten(0, 1) for a, _ in finals])
+            work.store_rows("lm_head.weight", RowCosts.measure(model.lm_head.weight, read))
+        else:
+            work.store_all("lm_head.weight", moments)
     return work.matrices
 
 
@@ -86,9 +103,30 @@ class _Correction:
         for name in parts_of(parameter, self._formats):
             self._progress(len(self.matrices) / len(self._formats), f"rounding {name}")
             rows = self.rounded.get_parameter(parameter)[rows_of(name)]
-            matrix = corrected_where_known(rows.detach().numpy(), self._formats[name], moments)
-            rows.copy_(torch.from_numpy(matrix.dequantize()))
-            self.matrices[name] = matrix
+            own = rows.detach().numpy()
+            self._keep(name, corrected_where_known(own, self._formats[name], moments))
+
+    def undo_drift(self, parameter: str, moments: Moments) -> None:
+        weight = self.rounded.get_parameter(parameter)
+        weight.copy_(without_drift(weight, moments))
+
+    def store_rows(self, parameter: str, costs: RowCosts) -> None:
+        """Each row by the errors that its own costs tell."""
+        weight = self.rounded.get_parameter(parameter)
+        for name in parts_of(parameter, self._formats):
+            first, last, _ = rows_of(name).indices(len(weight))
+            parts = []
+            for rows, hessian in costs.of(first, last):
+                done = len(self.matrices) + (rows.start - first) / (last - first)
+                self._progress(done / len(self._formats), f"rounding {name}, row {rows.start}")
+                own = weight[rows].detach().numpy()
+                parts.append(error_corrected(own, self._formats[name], Moments(hessian)))
+            self._keep(name, BlockMatrix.stack(parts))
+
+    def _keep(self, name: str, matrix: BlockMatrix) -> None:
+        rows = self.rounded.get_parameter(parameter_of(name))[rows_of(name)]
+        rows.copy_(torch.from_numpy(matrix.dequantize()))
+        self.matrices[name] = matrix
 
 
 @torch.no_grad()

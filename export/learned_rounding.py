@@ -47,7 +47,7 @@ def learn_rounding(
     def correcting(share: float, text: str) -> None:
         progress(_CORRECTION * share, text)
 
-    corrected = correct_errors(model, formats, windows[::MORE_TEXT], correcting)
+    corrected = correct_errors(model, formats, windows[::MORE_TEXT], correcting, by_row=True)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     rounding = TrainedRounding.start(corrected, frozen.state_dict())
     home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}

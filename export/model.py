@@ -153,8 +153,11 @@ class GPT(nn.Module):
         self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
         """What the head reads: [batch, seq, n_embd]. Positions count from 0 if not given."""
+        return self.hidden_of(self.embed(ids, positions), attend)
+
+    def hidden_of(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """`hidden`, of what the first block reads."""
         attend = attend or CausalAttention(self.config)
-        x = self.embed(ids, positions)
         for layer, block in enumerate(self.h):
             x = block(x, partial(attend, layer))
         return self.before_head(x)

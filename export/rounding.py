@@ -78,8 +78,9 @@ def _quantizers(module: str) -> Any:
 class Moments:
     """Of the inputs x of a product, summed over the calibration text.
 
-    `hessian` is the sum of x x^T [in, in], with x as the quantized layers before it give it;
-    `drift` the sum of (reference x - x) x^T, or None where nothing before it was rounded.
+    `hessian` is the sum of x x^T [in, in], with x as the quantized layers before it give it, or
+    [out, in, in] where rows have their own; `drift` the sum of (reference x - x) x^T, or None where
+    nothing before it was rounded.
     """
 
     hessian: Tensor
@@ -89,27 +90,35 @@ class Moments:
 def error_corrected(weight: Float, fmt: BlockFormat, moments: Moments) -> BlockMatrix:
     """Minimize |Q x - W x_reference|^2 over the calibration text, for one matrix [out, in].
 
-    First the best real-valued matrix for the inputs as they are now (as GPTAQ does,
-    https://arxiv.org/abs/2504.02692), then GPTQ (https://arxiv.org/abs/2210.17323): columns are
-    rounded from the heaviest to the lightest, each error made good in the columns to come. Scales
-    are fitted to the integers by least squares, and sweeps of coordinate descent follow, which can
-    only lower the error.
+    First the drift of the inputs is undone, then GPTQ (https://arxiv.org/abs/2210.17323): columns
+    are rounded from the heaviest to the lightest, each error made good in the columns to come.
+    Scales are fitted to the integers by least squares, and sweeps of coordinate descent follow,
+    which can only lower the error.
     """
-    hessian, dead = _damped(moments.hessian.double())
-    target = torch.from_numpy(weight).double()
-    if moments.drift is not None:
-        target = target + torch.linalg.solve(hessian, (target @ moments.drift.double()).T).T
-    target[:, dead] = 0.0
+    own = moments.hessian.ndim == 3  # so many that fp64 would take twice as long
+    hessian, dead = _damped(moments.hessian if own else moments.hessian.double())
+    target = torch.where(dead, 0.0, without_drift(torch.from_numpy(weight), moments))
     grid = least_squares_grid(
-        target.float().numpy(), fmt, hessian.diagonal().float().clamp(min=0).numpy()
+        target.float().numpy(), fmt, _diagonal(hessian).float().clamp(min=0).numpy()
     )
     solver = _Rounder(target.float(), hessian.float(), grid)
-    solver.round_in_order(_inverse_factor(hessian))
+    solver.round_in_order(*_feedback(hessian))
     for _ in range(_SWEEPS):
         solver.fit_scales()
         solver.descend()
     solver.fit_scales()
     return solver.matrix()
+
+
+def without_drift(weight: Tensor, moments: Moments) -> Tensor:
+    """The real-valued matrix [out, in], in fp64, that of the inputs as they are makes most nearly
+    what `weight` makes of the reference's (GPTAQ, https://arxiv.org/abs/2504.02692)."""
+    target = weight.double()
+    if moments.drift is None:
+        return target
+    hessian, _ = _damped(moments.hessian.double())
+    undone: Tensor = torch.linalg.solve(hessian, (target @ moments.drift.double()).T).T
+    return target + undone
 
 
 def corrected_where_known(weight: Float, fmt: BlockFormat, moments: Moments | None) -> BlockMatrix:
@@ -119,22 +128,42 @@ def corrected_where_known(weight: Float, fmt: BlockFormat, moments: Moments | No
 
 def _damped(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The Hessian made invertible, and which inputs are always zero."""
-    diagonal = hessian.diagonal()
+    diagonal = _diagonal(hessian)
     dead = diagonal == 0
-    damp = _DAMPING * diagonal.mean() + torch.where(dead, 1.0, 0.0)
-    return hessian + torch.diag(damp), dead
+    damp = _DAMPING * diagonal.mean(-1, keepdim=True) + torch.where(dead, 1.0, 0.0)
+    damped = hessian.clone()
+    _diagonal(damped).add_(damp)
+    return damped, dead
 
 
-def _inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The order of columns, heaviest first, and the upper Cholesky factor of the inverse in it."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    return order, torch.linalg.cholesky(inverse, upper=True).float()
+def _feedback(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of columns, heaviest first, and in it the unit upper U of hessian = U D U^T: what
+    the error of each column asks of those behind it. GPTQ as QuIP writes it, without an inverse
+    (https://arxiv.org/abs/2307.13304)."""
+    heavy = _diagonal(hessian).reshape(-1, hessian.shape[-1]).mean(0)
+    order = heavy.argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    turned = hessian[..., backwards[:, None], backwards]
+    lower, fault = torch.linalg.cholesky_ex(turned)
+    if fault.any():  # more than fp32 can tell apart
+        lower = torch.linalg.cholesky(turned.double())
+    upper = lower.flip(-1, -2)
+    return order, upper.div_(_diagonal(upper).unsqueeze(-2).clone()).float()
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1)
+
+
+def _times(rows: Tensor, matrices: Tensor) -> Tensor:
+    """[out, a] by one matrix [a, b], or each row by its own of [out, a, b]."""
+    return (rows.unsqueeze(-2) @ matrices).squeeze(-2)
 
 
 class _Rounder:
     """A matrix on its way to integers: `target` [out, in], what it is to approximate under
-    `hessian`, and `values` [out, in], the signed integers chosen so far."""
+    `hessian`, [in, in] or a row's own [out, in, in], and `values` [out, in], the signed integers
+    chosen so far."""
 
     def __init__(self, target: Tensor, hessian: Tensor, grid: Grid) -> None:
         self.target, self.hessian, self.grid = target, hessian, grid
@@ -144,38 +173,37 @@ class _Rounder:
         self.high = self.low + (grid.format.levels - 1)
         self.values = torch.zeros_like(target)
 
-    def round_in_order(self, factor: tuple[Tensor, Tensor]) -> None:
-        """GPTQ: the error of each column moves into those that are not yet rounded."""
-        order, upper = factor
-        rest = self.target[:, order].clone()
+    def round_in_order(self, order: Tensor, feedback: Tensor) -> None:
+        """Each column with the errors of those before it made good in it."""
+        errors = torch.zeros_like(self.target)
         for first in range(0, len(order), _LAZY_COLUMNS):
             last = min(first + _LAZY_COLUMNS, len(order))
-            errors = torch.empty(len(rest), last - first)
+            wanted = self.target[:, order[first:last]]
+            wanted = wanted + _times(errors[:, :first], feedback[..., :first, first:last])
             for at in range(first, last):
-                column, value = int(order[at]), rest[:, at]
-                rounded = self._round(value, column)
-                error = (value - rounded) / upper[at, at]
-                rest[:, at:last] -= torch.outer(error, upper[at, at:last])
-                errors[:, at - first] = error
-            rest[:, last:] -= errors @ upper[first:last, last:]
+                column = int(order[at])
+                lately = _times(errors[:, first:at], feedback[..., first:at, at : at + 1])[:, 0]
+                rounded = self._round(wanted[:, at - first] + lately, column)
+                errors[:, at] = self.target[:, column] - rounded
 
     def descend(self) -> None:
         """Each column once more to its best integers, all others held."""
-        gradient = (self._matrix() - self.target) @ self.hessian  # half of the gradient
+        gradient = _times(self._matrix() - self.target, self.hessian)  # half of the gradient
         for column in range(self.target.shape[1]):
             scale = self.scales[:, self.block[column]]
             before = self.values[:, column] * scale
-            after = self._round(before - gradient[:, column] / self.hessian[column, column], column)
-            gradient += torch.outer(after - before, self.hessian[column])
+            wanted = before - gradient[:, column] / self.hessian[..., column, column]
+            after = self._round(wanted, column)
+            gradient += (after - before)[:, None] * self.hessian[..., column, :]
 
     def fit_scales(self) -> None:
         """The scales of least error for the integers as they are: one small system a row."""
         blocks, size = self.scales.shape[1], self.grid.format.block_size
-        wanted = self.target @ self.hessian  # [out, in]
+        wanted = _times(self.target, self.hessian)  # [out, in]
         normal = torch.empty(len(self.values), blocks, blocks)
         for a in range(blocks):
             part = slice(a * size, (a + 1) * size)
-            seen = self.values[:, part] @ self.hessian[part]  # [out, in]
+            seen = _times(self.values[:, part], self.hessian[..., part, :])  # [out, in]
             normal[:, a] = _sum_blocks(seen * self.values, blocks, size)
         right = _sum_blocks(wanted * self.values, blocks, size)
         ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)

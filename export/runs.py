@@ -32,6 +32,7 @@ from gptrt.schema import bounded, decode, read_json
 from gptrt.task import Task
 
 from . import data
+from .calibration import correct_errors
 from .checkpoint import (
     POINTER_FILE,
     Checkpoint,
@@ -56,7 +57,7 @@ from .model import GPT
 from .optimizer import OptimizerConfig
 from .progress import Progress, silent
 from .projection import project
-from .quantize import Recipe, quantize_model
+from .quantize import Recipe
 from .tokenization import TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 
@@ -64,7 +65,7 @@ RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png"
 TEACHER_FOLDER, BASE_FOLDER = "teacher", "base"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 _HELD_OUT = 0.1
-_START_TOKENS = 1 << 15  # of training text, to round by before training for rounding begins
+_START_TOKENS = 1 << 16  # of training text, to round by before training for rounding begins
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ def _start_rounding(
     config, train = run.config.model, run.config.train
     windows = data.spread_windows(data.open_ids(run.train_ids), train.seq_len, _START_TOKENS)
     model = Checkpoint(config, weights, None, {}).model()
-    matrices = quantize_model(model, recipe.formats(config), "gptq", windows, progress)
+    matrices = correct_errors(model, recipe.formats(config), windows, progress, by_row=True)
     return TrainedRounding.start(matrices, weights)
 
 

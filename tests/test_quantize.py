@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from export.blocks import BITS, BlockFormat, BlockMatrix, Grid, least_squares_grid
-from export.calibration import tied
+from export.calibration import correct_errors, tied
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.data import open_ids, spread_windows
@@ -34,6 +34,7 @@ from export.sensitivity import Option, formats_of, plan_for_bits, plan_for_damag
 from export.start import plan_run
 from export.texts import TextFiles, choose_texts
 from export.train import train
+from export.vocabulary import RowCosts
 from gptrt.errors import OptionError
 from gptrt.format import read_manifest
 
@@ -96,6 +97,30 @@ def test_error_correction_bears_inputs_that_are_always_zero() -> None:
     ):
         found = error_corrected(WEIGHT, BlockFormat(4, 32), moments).dequantize()
         assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_the_vocabulary_rounded_each_for_itself_diverge_less(run: Run, tied: bool) -> None:
+    whole = load_checkpoint(run.path).model()
+    model = GPT(replace(whole.config, tied=tied)).eval()
+    model.load_state_dict(whole.state_dict())
+    seen = spread_windows(open_ids(run.train_ids), 32, 8192)
+    unseen = torch.from_numpy(spread_windows(open_ids(run.valid_ids), 32, 2048))
+    formats = {"wte.weight" if tied else "lm_head.weight": BlockFormat(4, 64)}
+    alike, by_row = (
+        divergence(model, correct_errors(model, formats, seen, silent, by_row=way), unseen)
+        for way in (False, True)
+    )
+    assert by_row < 0.9 * alike
+
+
+def test_the_row_of_a_token_that_is_likely_nowhere_is_rounded_as_well() -> None:
+    contexts = torch.rand(500, 200) + 0.5
+    head = torch.from_numpy(WEIGHT).clone()
+    head[3] -= 10.0  # hundreds of nats below the others
+    ((rows, costs),) = RowCosts.measure(head, contexts).of(3, 4)
+    found = error_corrected(head[rows].numpy(), BlockFormat(4, 32), Moments(costs)).dequantize()
+    np.testing.assert_allclose(found[0], head[3].numpy(), atol=1.0)
 
 
 def options_by_hand() -> dict[str, tuple[Option, ...]]:
@@ -279,6 +304,14 @@ def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
     for other in (("--quantize", "int8"), ("--asymmetric",), ("--bits-per-weight", 8)):
         result = run_cli(gptrt_export, "convert", made.path, "--out", tmp_path / "x", *other)
         assert_refused(result, "int4", "trained")
+
+
+def test_a_bundle_has_the_bits_that_its_model_was_trained_for_without_being_told(
+    run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    made = create_run(tmp_path / "aware", aware_plan(run, text_file, "int2", max_steps="0"))  # type: ignore[arg-type]
+    manifest = convert(made.path, tmp_path / "bundle", ConvertOptions(allow_loss=True))
+    assert (manifest.quantization.mode, manifest.quantization.bits) == ("int2", 2)
 
 
 @pytest.mark.parametrize(
