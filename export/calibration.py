@@ -49,7 +49,7 @@ def correct_errors(
     attend, batches = CausalAttention(model.config), _batches(windows)
     if model.config.tied and by_row:
         contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in batches])
-        cost = embedding_cost(model, batches)
+        cost = embedding_cost(model, torch.from_numpy(windows))
         work.store_rows("wte.weight", RowCosts.measure(model.wte.weight, contexts, cost))
     elif model.config.tied:
         as_head = _sum_moments((model.hidden(ids), None) for ids in batches)

@@ -14,7 +14,7 @@ contexts in which it could come, not for those that are common.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ _ANYWHERE = 0.1  # more, of any context: what is unlikely here may be likely in 
 _LEAST = 1e-6  # of a context: what is likely nowhere is rounded too
 _VALUES = 1 << 25  # of a row's contexts, computed with at a time
 _LOGITS = 1 << 24
-_FISHER_TOKENS = 1 << 15  # for S, which is one for all rows
+_TOKENS, _AT_A_TIME = 1 << 15, 1 << 10  # for S, which is one for all rows
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ class RowCosts:
         common = self.contexts.T @ self.contexts / tokens
         for start in range(first, last, step):
             rows = slice(start, min(start + step, last))
-            likely = torch.exp(
-                self.head[rows] @ self.contexts.T - self.log_totals
-            )  # [rows, tokens]
+            logits = self.head[rows] @ self.contexts.T  # [rows, tokens]
+            likely = logits.sub_(self.log_totals).exp_()
             occurrences = likely.sum(-1)
             likely.mul_(1.0 - likely)
             weights, places = likely.topk(own)
@@ -73,12 +72,14 @@ class RowCosts:
             yield rows, costs
 
 
-def embedding_cost(model: GPT, batches: Iterable[Tensor]) -> Tensor:
+def embedding_cost(model: GPT, windows: Tensor) -> Tensor:
     """The mean Fisher matrix [n_embd, n_embd] of a row of the embedding where its token occurs: of
-    the gradients of the log-likelihood of tokens that the model itself draws."""
+    the gradients of the log-likelihood of tokens that the model itself draws, reading `windows` of
+    text [count, length]."""
     random = torch.Generator().manual_seed(0)
     head, total, tokens = model.lm_head.weight.detach(), torch.zeros(()), 0
-    for ids in batches:
+    length = windows.shape[1]
+    for ids in torch.split(windows[: -(-_TOKENS // length)], max(1, _AT_A_TIME // length)):
         with torch.enable_grad():
             x = model.embed(ids).detach().requires_grad_()
             hidden = model.hidden_of(x)
@@ -86,8 +87,6 @@ def embedding_cost(model: GPT, batches: Iterable[Tensor]) -> Tensor:
         (gradient,) = torch.autograd.grad(hidden, x, drawn.view_as(hidden))
         flat = gradient.flatten(0, 1)
         total, tokens = total + flat.T @ flat, tokens + len(flat)
-        if tokens >= _FISHER_TOKENS:
-            break
     cost = total / tokens
     if model.config.projected:
         into_stream = model.project_in.weight.detach()
