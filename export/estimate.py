@@ -234,7 +234,7 @@ def _take_steps(
         seconds.append(trainer.step()[1])
         bar.update((step + 1) / (steps + 1), f"step {step} of {steps}")
     before = trainer.state.elapsed_s
-    loss = trainer.evaluate()
+    loss = trainer.evaluate().loss
     evaluated = min(train.eval_tokens, counts[1] if counts else train.eval_tokens)
     evaluation = (trainer.state.elapsed_s - before) * max(1.0, evaluated / batch)
     trainer.save(loss, best=True)

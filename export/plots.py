@@ -18,21 +18,25 @@ LOSS, OBJECTIVE = "loss", "objective"
 
 
 def plot_losses(log: Path, target: Path) -> None:
-    """Training and validation loss of a run's log against steps, as a PNG. Where a teacher or
-    prompts are part of what is trained for, that has an axis of its own; the metric of a task has a
-    panel above. The first steps, where a loss falls from far above, do not set the scale."""
+    """Training and validation loss of a run's log against steps, as a PNG; with a teacher, what is
+    trained for in their place. Where prompts are part of that, it has an axis of its own; the
+    metric of a task has a panel above. The first steps, where a loss falls from far above, do not
+    set the scale."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
+    taught = any("valid_objective" in line for line in lines)
+    judged = "valid_objective" if taught else "valid_loss"
+    valid = [(line["step"], line[judged]) for line in lines if judged in line]
     metrics = [(line["step"], line["metric"]) for line in lines if "metric" in line]
     figure, axes = new_figure()
     if metrics:
         figure.clear()
         above, axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
         _plot_metric(above, metrics)
-    for what, name in ((LOSS, "training (smoothed)"), (OBJECTIVE, "objective (right, smoothed)")):
+    shown = "training (smoothed)" if taught else "objective (right, smoothed)"
+    for what, name in ((LOSS, "training (smoothed)"), (OBJECTIVE, shown)):
         if steps := [(line["step"], line[what]) for line in lines if what in line]:
             x, y = zip(*steps, strict=True)
-            own = axes if what == LOSS else axes.twinx()
+            own = axes if taught or what == LOSS else axes.twinx()
             own.plot(x, y, color="0.8", linewidth=0.8)
             own.plot(x, _smooth(y), color="tab:blue")
             _scale(own, steps)
@@ -46,10 +50,12 @@ def plot_losses(log: Path, target: Path) -> None:
         axes.plot(x, y, "o-", color="tab:orange", markersize=3, label="validation")
         best = (x[y.index(min(y))], min(y))
         axes.annotate(f"{min(y):.3f}", best, (0, -14), textcoords="offset points", ha="right")
-        train = [(line["step"], line[LOSS]) for line in lines if LOSS in line]
+        seen = OBJECTIVE if taught else LOSS
+        train = [(line["step"], line[seen]) for line in lines if seen in line]
         _scale(axes, [*valid, *train])
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("objective (nats, divergences included)" if taught else "loss (nats a token)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     axes.grid(alpha=0.3)

@@ -117,9 +117,10 @@ class State:
 
     step: int = bounded(0, 1 << 40, default=0)
     elapsed_s: float = bounded(0.0, 1e12, default=0.0)
-    best_loss: float | None = None  # validation, nats a token
+    best_loss: float | None = None  # of the best checkpoint: validation, nats a token
+    best_objective: float | None = None  # what made it the best, where a teacher weighs in
     best_metric: float | None = None  # of a task; the higher the better
-    stale: int = bounded(0, 1 << 40, default=0)  # evaluations since best_loss fell
+    stale: int = bounded(0, 1 << 40, default=0)  # evaluations since there was a better one
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,16 @@ class TrainResult:
         return math.exp(self.best_loss)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """On what was held out: the loss in nats a token; the objective, which a teacher's divergence
+    is part of, if there is one; the metric of the task, if there is one."""
+
+    loss: float
+    objective: float | None = None
+    metric: float | None = None
+
+
 Metric = Callable[[GPT], float]  # how good a model is at its task; the higher the better
 
 
@@ -94,7 +104,7 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
     # No nats a token where a teacher's weigh in, or those of prompts.
     what = OBJECTIVE if config.distill or config.prompt_share else LOSS
     if trainer.run.config.fine_tuning and trainer.state.step == 0:
-        trainer.judge(*_evaluate(trainer, log, bar))
+        trainer.judge(_evaluate(trainer, log, bar))
     while not (reason := trainer.finished()):
         loss, seconds = trainer.step()
         state = trainer.state
@@ -107,24 +117,28 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
         stop = interrupted()
         due = state.step % config.eval_every == 0 or bool(trainer.finished())
         if due or stop:
-            valid, metric = _evaluate(trainer, log, bar)
+            found = _evaluate(trainer, log, bar)
             # Out of turn it does not count: a run that goes on must take the same decisions as
             # one that was never interrupted.
-            trainer.save(valid, best=due and trainer.judge(valid, metric))
+            trainer.save(found.loss, best=due and trainer.judge(found))
         if stop:
             return "interrupted"
     return reason
 
 
-def _evaluate(trainer: Trainer, log: TextIO, bar: ProgressBar) -> tuple[float, float | None]:
-    """Validation loss and the task's metric."""
-    valid, metric, step = trainer.evaluate(), trainer.measure(), trainer.state.step
-    known = {} if metric is None else {"metric": metric}
-    _write(log, step=step, valid_loss=valid, perplexity=math.exp(valid), **known)
+def _evaluate(trainer: Trainer, log: TextIO, bar: ProgressBar) -> Judgement:
+    found, step = trainer.evaluate(), trainer.state.step
+    perplexity, known, shown = math.exp(found.loss), {}, ""
+    if found.objective is not None:
+        known["valid_objective"] = found.objective
+        shown += f"  objective {found.objective:.4f}"
+    if found.metric is not None:
+        known["metric"] = found.metric
+        shown += f"  metric {found.metric:.2f}"
+    _write(log, step=step, valid_loss=found.loss, perplexity=perplexity, **known)
     log.flush()
-    shown = "" if metric is None else f"  metric {metric:.2f}"
-    bar.say(f"step {step}  validation loss {valid:.4f}  perplexity {math.exp(valid):.2f}{shown}")
-    return valid, metric
+    bar.say(f"step {step}  validation loss {found.loss:.4f}  perplexity {perplexity:.2f}{shown}")
+    return found
 
 
 def _write(log: TextIO, **values: Any) -> None:
@@ -200,19 +214,21 @@ class Trainer:
         return loss, seconds
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss on what was held out, the same every time. Raises TrainingError."""
+    def evaluate(self) -> Judgement:
+        """Means on what was held out, the same every time. Raises TrainingError."""
         self.model.eval()
         began = time.perf_counter()
-        total = count = 0.0
+        distill, loss, objective, count = self.config.distill, 0.0, 0.0, 0
         with self._averaged():
             for batch in self.valid.in_order(self.config.batch_size):
                 tokens = int((batch.targets != IGNORED).sum())
-                total += self._loss(batch).item() * tokens
+                loss += self._loss(batch).item() * tokens
+                if distill:
+                    objective += self._loss(batch, distill).item() * tokens
                 count += tokens
                 if count >= self.config.eval_tokens:
                     break
-        loss = total / count
+        loss, objective = loss / count, objective / count
         if not math.isfinite(loss):
             raise TrainingError(
                 "a finite validation loss",
@@ -221,22 +237,29 @@ class Trainer:
             )
         elapsed = self.state.elapsed_s + time.perf_counter() - began
         self.state = replace(self.state, elapsed_s=elapsed)
-        return loss
+        return Judgement(loss, objective if distill else None, self._measure())
 
     @torch.no_grad()
-    def measure(self) -> float | None:
+    def _measure(self) -> float | None:
         """The task's metric; its time does not count as training."""
         with self._averaged():
             return None if self._metric is None else self._metric(self.model.eval())
 
-    def judge(self, valid_loss: float, metric: float | None = None) -> bool:
-        """Whether it is the best yet, by the metric, where that is equal or there is none by the
-        validation loss; counted for `patience`."""
+    def judge(self, found: Judgement) -> bool:
+        """Whether it is the best yet, counted for `patience`: by the metric, where that is equal or
+        there is none by the objective, which chance moves far less than the loss that is a small
+        part of it, and where there is no teacher by the loss."""
         state = self.state
-        before = (state.best_metric or 0.0, -(state.best_loss or 0.0))
-        gained = state.best_loss is None or (metric or 0.0, -valid_loss) > before
+        best = Judgement(state.best_loss or 0.0, state.best_objective, state.best_metric)
+        gained = state.best_loss is None or _merit(found) > _merit(best)
         if gained:
-            self.state = replace(state, best_loss=valid_loss, best_metric=metric, stale=0)
+            self.state = replace(
+                state,
+                best_loss=found.loss,
+                best_objective=found.objective,
+                best_metric=found.metric,
+                stale=0,
+            )
         else:
             self.state = replace(state, stale=state.stale + 1)
         return gained
@@ -297,6 +320,10 @@ class Trainer:
         """What the teacher's head reads, [tokens, n_embd]."""
         assert self.teacher is not None, "a run with distillation has one"
         return self.teacher.hidden(inputs, positions, attend).flatten(0, 1)
+
+
+def _merit(found: Judgement) -> tuple[float, float]:
+    return found.metric or 0.0, -(found.loss if found.objective is None else found.objective)
 
 
 class Source(Protocol):
