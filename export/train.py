@@ -246,9 +246,9 @@ class Trainer:
             return None if self._metric is None else self._metric(self.model.eval())
 
     def judge(self, found: Judgement) -> bool:
-        """Whether it is the best yet, counted for `patience`: by the metric, where that is equal or
-        there is none by the objective, which chance moves far less than the loss that is a small
-        part of it, and where there is no teacher by the loss."""
+        """Whether it is the best yet, counted for `patience`: by the metric; where that is equal or
+        there is none, by the objective, as chance moves the loss of one rounding or another more
+        than training does; and where there is no teacher, by the loss."""
         state = self.state
         best = Judgement(state.best_loss or 0.0, state.best_objective, state.best_metric)
         gained = state.best_loss is None or _merit(found) > _merit(best)
