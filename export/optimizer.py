@@ -24,13 +24,16 @@ from .trained_rounding import POSITION_PREFIX, SCALE_PREFIX
 class OptimizerConfig:
     """Learning rates are peaks, reached after warm-up; `matrix_lr` is Muon's, where a
     model is trained for its rounding, `position_lr` is that of its weights in steps of their grid,
-    and `scale_lr` that of the logarithms of the scales."""
+    and `scale_lr` that of the logarithms of the scales. `position_pull` draws weights to the middle
+    of their integers, by that share of the way a step at the peak rate, so that noise does not
+    gather and turn them to and fro (https://arxiv.org/abs/2203.11086 calls it dampening)."""
 
     kind: Literal["muon", "adamw"] = "muon"
     lr: float = bounded(0.0, 10.0, default=3e-3)
     matrix_lr: float = bounded(0.0, 10.0, default=0.02)
     position_lr: float = bounded(0.0, 10.0, default=0.004)
     scale_lr: float = bounded(0.0, 10.0, default=1e-3)
+    position_pull: float = bounded(0.0, 1.0, default=0.0)
     weight_decay: float = bounded(0.0, 10.0, default=0.1)
     beta1: float = bounded(0.0, 1.0, default=0.9)
     beta2: float = bounded(0.0, 1.0, default=0.95)
@@ -49,6 +52,8 @@ class Optimizer:
         }
         rest = {n: p for n, p in named.items() if n not in matrices}
         self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
+        self._positions = [p for n, p in named.items() if n.startswith(POSITION_PREFIX)]
+        self._pull = config.position_pull
         makers = ((_adamw, rest), (_muon, matrices))
         self._parts = [make(part, config) for make, part in makers if part]
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self._parts]
@@ -60,6 +65,10 @@ class Optimizer:
                 group["lr"] = peak * scale
             part.step()
             part.zero_grad(set_to_none=True)
+        if self._pull:
+            with torch.no_grad():
+                for positions in self._positions:
+                    positions.lerp_(positions.round(), self._pull * scale)
 
     def state(self) -> dict[str, Tensor]:
         """All moments, flat: '<parameter>/<moment>' -> tensor."""

@@ -335,6 +335,21 @@ def test_a_damaged_rounding_is_refused(
     assert_refused(result, word)
 
 
+def test_a_pull_keeps_weights_near_the_middle_of_their_integers(
+    run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    def distance(name: str, pull: str) -> float:
+        settings = {"optimizer.position_pull": pull, "optimizer.position_lr": "0.02"}
+        made = create_run(tmp_path / name, aware_plan(run, text_file, **settings))  # type: ignore[arg-type]
+        train(made, QUIET)
+        rounding = made.last()[0].rounding
+        assert rounding is not None
+        found = torch.cat([p.detach().flatten() for p in rounding.positions.values()])
+        return float((found - found.round()).abs().mean())
+
+    assert distance("pulled", "0.2") < 0.7 * distance("free", "0.0")
+
+
 def test_training_for_rounding_lowers_the_loss_of_the_rounded_model_and_resumes_bit_for_bit(
     run: Run, text_file: Path, tmp_path: Path
 ) -> None:
