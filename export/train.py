@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 from numpy.typing import NDArray
@@ -22,8 +22,7 @@ from gptrt.errors import TrainingError
 
 from .averaging import Average
 from .checkpoint import Checkpoint, load_checkpoint
-from .data import Batch, Windows, in_order, open_ids
-from .examples import Examples
+from .data import Batch
 from .lora import adapt, from_peft, merged_state, to_peft
 from .loss import IGNORED, Lesson, linear_cross_entropy
 from .model import GPT, Attend, CausalAttention
@@ -42,6 +41,7 @@ from .runs import (
     tokens_per_step,
     truncate_log,
 )
+from .sources import open_sources
 from .trained_rounding import TrainedRounding, hidden_and_head
 
 
@@ -167,7 +167,7 @@ class Trainer:
         self.average = Average(self.learning, self.config.average) if self.config.average else None
         _restore(self.learning, moments)
         self.dtype = compute_dtype(self.config, run.config.model.n_embd, self.device)
-        self.source, self.valid = _sources(run)
+        self.source, self.valid = open_sources(run)
 
     def share(self) -> float:
         """How much of the run is done, 0 to 1, by the limit that comes first."""
@@ -324,43 +324,6 @@ class Trainer:
 
 def _merit(found: Judgement) -> tuple[float, float]:
     return found.metric or 0.0, -(found.loss if found.objective is None else found.objective)
-
-
-class Source(Protocol):
-    """Where batches come from."""
-
-    def batch(self, step: int, size: int) -> Batch: ...
-    def in_order(self, size: int) -> Iterator[Batch]: ...
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Batches of windows of text."""
-
-    windows: Windows
-
-    def batch(self, step: int, size: int) -> Batch:
-        return Batch.whole(self.windows.batch(step, size))
-
-    def in_order(self, size: int) -> Iterator[Batch]:
-        return map(Batch.whole, in_order(self.windows.ids, self.windows.length, size))
-
-
-def _sources(run: Run) -> tuple[Source, Source]:
-    """What a run trains on, and what it is judged by. Raises DataError for too little of either."""
-    config = run.config.train
-    if run.config.task is None:
-        train, valid = (
-            Texts(Windows(open_ids(path), config.seq_len, config.seed))
-            for path in (run.train_ids, run.valid_ids)
-        )
-        return train, valid
-    examples = Examples.open(
-        *(run.train_ids, config.seq_len, config.seed),
-        prompt_share=config.prompt_share,
-        class_weights=run.config.class_weights,
-    )
-    return examples, Examples.open(run.valid_ids, config.seq_len, config.seed)
 
 
 def _learner(

@@ -1,0 +1,48 @@
+"""Where a run's batches come from: windows of text, or the examples of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from .data import Batch, Windows, in_order, open_ids
+from .examples import Examples
+from .runs import Run
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def batch(self, step: int, size: int) -> Batch: ...
+    def in_order(self, size: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Batches of windows of text."""
+
+    windows: Windows
+
+    def batch(self, step: int, size: int) -> Batch:
+        return Batch.whole(self.windows.batch(step, size))
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        return map(Batch.whole, in_order(self.windows.ids, self.windows.length, size))
+
+
+def open_sources(run: Run) -> tuple[Source, Source]:
+    """What a run trains on, and what it is judged by. Raises DataError for too little of either."""
+    config = run.config.train
+    if run.config.task is None:
+        train, valid = (
+            Texts(Windows(open_ids(path), config.seq_len, config.seed))
+            for path in (run.train_ids, run.valid_ids)
+        )
+        return train, valid
+    examples = Examples.open(
+        *(run.train_ids, config.seq_len, config.seed),
+        prompt_share=config.prompt_share,
+        class_weights=run.config.class_weights,
+    )
+    return examples, Examples.open(run.valid_ids, config.seq_len, config.seed)
