@@ -32,7 +32,7 @@ RECIPES: dict[str, list[str]] = {
         *("--block-size", "128", "--head-bits", "4", "--no-projection"),
     ],
     "int4, asymmetric": ["--asymmetric"],
-    "mixed, 4.4 bits": ["--bits-per-weight", "4.4"],
+    "mixed, 4.46 bits": ["--bits-per-weight", "4.46"],
     "mixed, 5 bits": ["--bits-per-weight", "5"],
     "int4, learned, block 128, head int4": [
         *("--method", "learned", "--block-size", "128", "--head-bits", "4"),

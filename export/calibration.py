@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .blocks import BlockFormat, BlockMatrix
-from .model import GPT, Attend, CausalAttention
+from .model import GPT, Attend, CausalAttention, head_parameter
 from .parts import parameter_of, parts_of, rows_of
-from .progress import Progress
+from .progress import Progress, within
 from .rounding import Moments, corrected_where_known, error_corrected, without_drift
-from .vocabulary import RowCosts, embedding_cost
+from .vocabulary import RowCosts, embedding_cost, quick_by_row
 
 Ids = NDArray[np.int64]
 
@@ -37,20 +37,20 @@ def correct_errors(
     windows: Ids,
     progress: Progress,
     *,
-    by_row: bool = False,
+    by_row: bool | None = None,
 ) -> dict[str, BlockMatrix]:
     """Round every matrix in `formats` for `windows` of calibration text [count, length]; `by_row`
-    takes each row of the vocabulary for itself, which is closer and takes longer.
+    takes each row of the vocabulary for itself, which is closer and takes longer. Left out, that is
+    done where it is quick.
 
     A tied matrix comes first, as the embedding that all others read through; as the head it is
     corrected for what the unrounded model gives it.
     """
+    by_row = quick_by_row(model.config) if by_row is None else by_row
     work = _Correction(model.eval(), formats, progress)
     attend, batches = CausalAttention(model.config), _batches(windows)
     if model.config.tied and by_row:
-        contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in batches])
-        cost = embedding_cost(model, torch.from_numpy(windows))
-        work.store_rows("wte.weight", RowCosts.measure(model.wte.weight, contexts, cost))
+        work.store_rows("wte.weight", costs_of_rows(model, windows))
     elif model.config.tied:
         as_head = _sum_moments((model.hidden(ids), None) for ids in batches)
         work.store_all("wte.weight", tied(as_head, _metric_of_rows(model)))
@@ -114,14 +114,10 @@ class _Correction:
         """Each row by the errors that its own costs tell."""
         weight = self.rounded.get_parameter(parameter)
         for name in parts_of(parameter, self._formats):
-            first, last, _ = rows_of(name).indices(len(weight))
-            parts = []
-            for rows, hessian in costs.of(first, last):
-                done = len(self.matrices) + (rows.start - first) / (last - first)
-                self._progress(done / len(self._formats), f"rounding {name}, row {rows.start}")
-                own = weight[rows].detach().numpy()
-                parts.append(error_corrected(own, self._formats[name], Moments(hessian)))
-            self._keep(name, BlockMatrix.stack(parts))
+            done, count = len(self.matrices), len(self._formats)
+            progress = within(self._progress, done / count, (done + 1) / count, f"rounding {name}")
+            fmt = self._formats[name]
+            self._keep(name, corrected_by_row(weight, rows_of(name), fmt, costs, progress))
 
     def _keep(self, name: str, matrix: BlockMatrix) -> None:
         rows = self.rounded.get_parameter(parameter_of(name))[rows_of(name)]
@@ -129,11 +125,31 @@ class _Correction:
         self.matrices[name] = matrix
 
 
+def corrected_by_row(
+    weight: Tensor, rows: slice, fmt: BlockFormat, costs: RowCosts, progress: Progress
+) -> BlockMatrix:
+    """`rows` of a vocabulary matrix, each error-corrected by what its own errors cost."""
+    first, last, _ = rows.indices(len(weight))
+    parts = []
+    for some, hessian in costs.of(first, last):
+        progress((some.start - first) / (last - first), f"row {some.start}")
+        parts.append(error_corrected(weight[some].detach().numpy(), fmt, Moments(hessian)))
+    return BlockMatrix.stack(parts)
+
+
+@torch.no_grad()
+def costs_of_rows(model: GPT, windows: Ids) -> RowCosts:
+    """Of the matrix that makes logits, in the model as it is."""
+    contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in _batches(windows)])
+    cost = embedding_cost(model, torch.from_numpy(windows)) if model.config.tied else None
+    return RowCosts.measure(model.lm_head.weight, contexts, cost)
+
+
 @torch.no_grad()
 def moments_of(model: GPT, names: Iterable[str], windows: Ids) -> dict[str, Moments]:
     """The moments of each product's inputs in the model as it is."""
     sums: dict[str, Tensor] = {}
-    head = "wte.weight" if model.config.tied else "lm_head.weight"
+    head = head_parameter(model.config)
     modules = {name: name.removesuffix(".weight") for name in names} | {head: "lm_head"}
     for ids in _batches(windows):
         seen: dict[str, list[Tensor]] = {

@@ -33,7 +33,7 @@ from gptrt.task import Task
 from .families import family_for, family_named
 from .gguf_file import GgufFile, gguf_file
 from .gguf_vocabulary import read_chat_template, read_vocabulary
-from .model import GPT
+from .model import GPT, head_parameter
 from .parts import parameter_of
 from .pickled import pickled_file, read_pickled
 from .projection import PROJECTIONS, project, unproject
@@ -229,8 +229,7 @@ def _with_rounding(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 def _basis_of(checkpoint: Checkpoint) -> set[str]:
     """What a vocabulary in a basis of its own consists of: all of it or nothing makes sense."""
-    head = "wte.weight" if checkpoint.config.tied else "lm_head.weight"
-    return PROJECTIONS & checkpoint.state.keys() | {head}
+    return PROJECTIONS & checkpoint.state.keys() | {head_parameter(checkpoint.config)}
 
 
 def _read_task(folder: Path) -> Task | None:

@@ -22,7 +22,7 @@ from .loss import Lesson, linear_cross_entropy
 from .model import GPT
 from .optimizer import Optimizer, OptimizerConfig, rate_scale
 from .precision import autocast, product_dtype
-from .progress import Progress
+from .progress import Progress, within
 from .trained_rounding import TrainedRounding, hidden_and_head
 
 _WARM_UP = 10
@@ -43,17 +43,15 @@ def learn_rounding(
 ) -> dict[str, BlockMatrix]:
     """Round every matrix in `formats` for `windows` of calibration text [count, length]: first as
     error correction does, then by steps from there. The same input gives the same matrices."""
-
-    def correcting(share: float, text: str) -> None:
-        progress(_CORRECTION * share, text)
-
+    correcting = within(progress, 0.0, _CORRECTION)
     corrected = correct_errors(model, formats, windows[::MORE_TEXT], correcting, by_row=True)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     rounding = TrainedRounding.start(corrected, frozen.state_dict())
     home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}
     learning = rounding.parameters()
     average = Average(learning, _MEMORY)
-    optimizer = Optimizer(learning, OptimizerConfig(position_lr=_RATE))
+    # No pull: in so few steps noise does not gather.
+    optimizer = Optimizer(learning, OptimizerConfig(position_lr=_RATE, position_pull=0.0))
     draw = np.random.default_rng(0)
     size = max(1, _BATCH_TOKENS // windows.shape[1])
     for step in range(steps):

@@ -85,6 +85,11 @@ def _either(own: bool | None, general: bool) -> bool:
     return general if own is None else own
 
 
+def head_parameter(config: ModelConfig) -> str:
+    """The matrix that makes logits, by the name under which it is stored: tied, the embedding's."""
+    return "wte.weight" if config.tied else "lm_head.weight"
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)

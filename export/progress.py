@@ -21,6 +21,15 @@ def silent(share: float, note: str) -> None:
     del share, note
 
 
+def within(progress: Progress, first: float, last: float, what: str = "") -> Progress:
+    """The progress of a part of the work: its shares lie from `first` to `last` of the whole."""
+
+    def part(share: float, note: str) -> None:
+        progress(first + share * (last - first), f"{what}, {note}" if what else note)
+
+    return part
+
+
 class ProgressBar:
     """Use as a context; `update` as often as you like."""
 

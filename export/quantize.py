@@ -17,7 +17,7 @@ from gptrt.format import Quantization, StoredMatrix
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
 from .learned_rounding import learn_rounding
-from .model import GPT
+from .model import GPT, head_parameter
 from .parts import parameter_of, parts_of, rows_of, shape_of, split
 from .progress import Progress, silent
 from .projection import PROJECTIONS, worth_projecting
@@ -213,7 +213,7 @@ def describe(
         (fmt for name, fmt in formats.items() if name.startswith("h.")),
         key=lambda fmt: sum(sizes[n] for n, f in formats.items() if f == fmt),
     )
-    head = parts_of("wte.weight" if config.tied else "lm_head.weight", formats)
+    head = parts_of(head_parameter(config), formats)
     return Quantization(
         mode=mode,
         method=method,

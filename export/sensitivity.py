@@ -22,13 +22,14 @@ from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
 from gptrt.format import StoredMatrix
 
-from .blocks import BlockFormat
-from .calibration import Ids, moments_of
-from .model import GPT
+from .blocks import BlockFormat, BlockMatrix
+from .calibration import Ids, corrected_by_row, costs_of_rows, moments_of
+from .model import GPT, head_parameter
 from .parts import parameter_of, rows_of
-from .progress import Progress
+from .progress import Progress, within
 from .quantize import Formats, average_bits, matrix_shapes, part_shapes
 from .rounding import corrected_where_known
+from .vocabulary import quick_by_row
 
 CANDIDATES = (
     BlockFormat(4, 128),
@@ -71,22 +72,39 @@ def measure_damage(
     """Every matrix in every candidate format, rounded for `calibration` and judged on `text`,
     both windows [count, length]."""
     shapes = part_shapes(model.config)
-    moments = moments_of(model, matrix_shapes(model.config), calibration)
+    corrected = _corrector(model, calibration)
     reference = [F.log_softmax(model(ids), dim=-1) for ids in _batches(text)]
     twin, options = copy.deepcopy(model).eval(), {}
     for number, (name, shape) in enumerate(shapes.items()):
         progress(number / len(shapes), f"measuring {name}")
-        parameter = parameter_of(name)
-        rows, found = twin.get_parameter(parameter)[rows_of(name)], []
+        rows, found = twin.get_parameter(parameter_of(name))[rows_of(name)], []
         original = rows.detach().clone()
-        for fmt in dict.fromkeys(fmt.within(shape[1]) for fmt in candidates):
-            matrix = corrected_where_known(original.numpy(), fmt, moments.get(parameter))
-            rows.copy_(torch.from_numpy(matrix.dequantize()))
+        formats = list(dict.fromkeys(fmt.within(shape[1]) for fmt in candidates))
+        for at, fmt in enumerate(formats):
+            first, last = ((number + part / len(formats)) / len(shapes) for part in (at, at + 1))
+            rounding = within(progress, first, last, f"measuring {name}")
+            rows.copy_(torch.from_numpy(corrected(name, fmt, rounding).dequantize()))
             damage = max(0.0, _divergence(twin, text, reference))
             found.append(Option(name, fmt, shape, damage))
         rows.copy_(original)
         options[name] = tuple(found)
     return options
+
+
+def _corrector(model: GPT, calibration: Ids) -> Callable[[str, BlockFormat, Progress], BlockMatrix]:
+    """What rounds any matrix of the model alone, or a part of one, as an export would."""
+    moments = moments_of(model, matrix_shapes(model.config), calibration)
+    costs = costs_of_rows(model, calibration) if quick_by_row(model.config) else None
+
+    def corrected(name: str, fmt: BlockFormat, progress: Progress) -> BlockMatrix:
+        parameter = parameter_of(name)
+        weight = model.get_parameter(parameter).detach()
+        if costs is not None and parameter == head_parameter(model.config):
+            return corrected_by_row(weight, rows_of(name), fmt, costs, progress)
+        rows = weight[rows_of(name)].numpy()
+        return corrected_where_known(rows, fmt, moments.get(parameter))
+
+    return corrected
 
 
 def _batches(text: Ids) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from gptrt.errors import CheckpointError, OptionError
 from gptrt.schema import decode
 
 from .blocks import BlockFormat, BlockMatrix, Float, Grid, to_blocks, unpack
-from .model import GPT, Attend
+from .model import GPT, Attend, head_parameter
 from .parts import parameter_of, parts_of, rows_of, shape_of
 
 POSITION_PREFIX, SCALE_PREFIX = "positions/", "log_scales/"  # of what learns
@@ -216,8 +216,7 @@ def hidden_and_head(
     weights = rounding.weights()
     named = {f"model.{name}": weight for name, weight in weights.items()}
     hidden: Tensor = torch.func.functional_call(_Hidden(model), named, (ids, positions, attend))
-    head = "wte.weight" if model.config.tied else "lm_head.weight"
-    return hidden, weights.get(head, model.lm_head.weight)
+    return hidden, weights.get(head_parameter(model.config), model.lm_head.weight)
 
 
 class _Hidden(nn.Module):

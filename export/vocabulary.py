@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptrt.architecture import ModelConfig
+
 from .model import GPT
 
 _OWN_CONTEXTS = 512  # of a row, those where its token is likeliest; the others are as all are
@@ -28,6 +30,12 @@ _LEAST = 1e-6  # of a context: what is likely nowhere is rounded too
 _VALUES = 1 << 25  # of a row's contexts, computed with at a time
 _LOGITS = 1 << 24
 _TOKENS, _AT_A_TIME = 1 << 15, 1 << 10  # for S, which is one for all rows
+_QUICK = 1 << 32  # rows times the square of their width: two minutes on two cores, or three
+
+
+def quick_by_row(config: ModelConfig) -> bool:
+    """Whether rounding every row for itself takes no longer than the rest of an export."""
+    return config.vocab_size * config.n_embd**2 <= _QUICK
 
 
 @dataclass(frozen=True)

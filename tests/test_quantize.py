@@ -109,7 +109,7 @@ def test_rows_of_the_vocabulary_rounded_each_for_itself_diverge_less(run: Run, t
     formats = {"wte.weight" if tied else "lm_head.weight": BlockFormat(4, 64)}
     alike, by_row = (
         divergence(model, correct_errors(model, formats, seen, silent, by_row=way), unseen)
-        for way in (False, True)
+        for way in (False, None)  # None: where it is quick
     )
     assert by_row < 0.9 * alike
 
