@@ -50,7 +50,7 @@ def learn_rounding(
     home = {name: tensor.detach().clone() for name, tensor in rounding.positions.items()}
     learning = rounding.parameters()
     average = Average(learning, _MEMORY)
-    # No pull: in so few steps noise does not gather.
+    # So few steps gain little by a pull.
     optimizer = Optimizer(learning, OptimizerConfig(position_lr=_RATE, position_pull=0.0))
     draw = np.random.default_rng(0)
     size = max(1, _BATCH_TOKENS // windows.shape[1])
