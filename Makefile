@@ -46,13 +46,14 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,export,dev]'
 	touch $@
 
-# Train the embedded default again: BOOKS is a folder of plain-text books with a `valid.list`.
+# Train the embedded default again: BOOKS is a folder of plain-text books with a `valid.list`. Minutes
+# on a card; two cores do part of it in two hours: FLAGS="--max-time 7200 --set batch_size=8 --set dropout=0".
 tales: $(VENV)/demo.stamp
 	$(BIN)/python models/tales_corpus.py $(BOOKS) runs/corpus
-	$(BIN)/gptrt-export train --preset tales --data runs/corpus/train --valid runs/corpus/valid --out runs/tales
+	$(BIN)/gptrt-export train --preset tales --data runs/corpus/train --valid runs/corpus/valid --out runs/tales $(FLAGS)
 	$(BIN)/gptrt-export convert runs/tales --out models/tales --quantize int8 --hidden-states --force $(TALES_NOTES)
 
-TALES_NOTES := --note "data=public-domain English stories, cleaned by models/tales_corpus.py" \
+TALES_NOTES := --note "data=103 public-domain English story books (Project Gutenberg), cleaned by models/tales_corpus.py" \
 	--note "licence=Apache-2.0; the books are in the public domain in the United States" \
 	--note "trained again with=make tales BOOKS=FOLDER"
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from .quantize import Mode
 
 _TOKENS = "Of it, to measure on: 16,384; more tell smaller losses from chance."
+_projection = click.option(
+    "--projection/--no-projection",
+    default=None,
+    help="Whether the vocabulary has a basis of its own, in which few bits lose less.",
+)
 
 
 @click.group(name="gptrt-export", cls=OneLineErrors)
@@ -50,6 +55,7 @@ for _command in (cli_tasks.finetune, cli_tasks.evaluate, cli_tasks.estimate):
 )
 @click.option("--block-size", type=int, help="Weights that share a scale, with --quantize.")
 @click.option("--head-bits", type=int, help="Bits of the vocabulary matrix; those of --quantize.")
+@_projection
 @click.option("--distill", type=click.FloatRange(min=0), help="Weight of learning from --from.")
 def train(
     preset: str | None,
@@ -66,6 +72,7 @@ def train(
     mode: Mode | None,
     block_size: int | None,
     head_bits: int | None,
+    projection: bool | None,
     distill: float | None,
 ) -> None:
     """Train from scratch, fine-tune, or go on where a run stopped.
@@ -87,7 +94,7 @@ def train(
         texts, held_out, changes = list(data), list(valid), pairs("--set", settings)
         if distill is not None:
             changes["distill"] = str(distill)
-        recipe = recipe_to_train(mode, block_size, head_bits)
+        recipe = recipe_to_train(mode, block_size, head_bits, projection)
         start = local_checkpoint(start) if start else None
         plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer, recipe)
         with ProgressBar("preparing") as bar:
@@ -134,11 +141,7 @@ def presets() -> None:
 @click.option(
     "--symmetric/--asymmetric", default=None, help="Whether blocks have zeros of their own."
 )
-@click.option(
-    "--projection/--no-projection",
-    default=None,
-    help="Whether the vocabulary has a basis of its own, in which few bits lose less.",
-)
+@_projection
 @click.option(
     "--bits-per-weight",
     type=click.FloatRange(min=0, min_open=True),
@@ -153,6 +156,11 @@ def presets() -> None:
     "--via",
     type=click.Choice(["mobius", "optimum"]),
     help="The library that builds the graph, for an architecture that is not native.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["fp32", "fp16"]),
+    help="Numbers between the matrices: fp16 for a bundle that CUDA runs.",
 )
 @click.option("--hidden-states", is_flag=True, help="Let it give embeddings of texts, too.")
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), help="Numbers in the KV cache.")
@@ -194,6 +202,7 @@ def convert(
 @click.option("--against", required=True, type=PATH, help="The checkpoint it was made from.")
 @click.option("--text", required=True, type=PATH, help="Text to compare on.")
 @click.option("--verify-tokens", type=click.IntRange(min=2), help=_TOKENS)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def verify(
@@ -201,6 +210,7 @@ def verify(
     against: Path,
     text: Path,
     verify_tokens: int | None,
+    device: Any,
     max_perplexity_ratio: float | None,
     as_json: bool,
 ) -> None:
@@ -212,6 +222,8 @@ def verify(
     from .hub import local_checkpoint
 
     against = local_checkpoint(against)
-    manifest, fidelity = pipeline.verify(bundle, against, text, say, tokens=verify_tokens)
+    manifest, fidelity = pipeline.verify(
+        *(bundle, against, text, say), tokens=verify_tokens, device=device
+    )
     report(pipeline.summary(bundle, manifest, fidelity), as_json)
     pipeline.check_fidelity(fidelity, manifest.quantization.mode, max_perplexity_ratio)

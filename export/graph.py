@@ -183,6 +183,7 @@ def build_graph(model: GPT, *, hidden_states: bool = False) -> ir.Model:
     assert program is not None
     graph: ir.Model = program.model
     _simplify(graph)
+    _keep_by_length(graph.graph)
     _name_dimensions(graph)
     _keep_all_by_default(graph)
     return graph
@@ -203,6 +204,31 @@ def _simplify(graph: ir.Model) -> None:
         passes.NameFixPass(),
     ):
         step(graph)
+
+
+def _keep_by_length(graph: ir.Graph) -> None:
+    """Slice from max(length - keep, 0) mod length instead of from -keep: the same, and made of a
+    shape, so that onnxruntime computes it on the processor also where the slice is made on a card.
+    Otherwise it is copied there and back, and with such a copy no CUDA graph can be captured."""
+    keep = next(v for v in graph.inputs if v.name == NUM_LOGITS_TO_KEEP)
+    (cut,) = [node for node in graph if node.op_type == "Slice" and _reads(node.inputs[1], keep)]
+    zero = ir.Value(name="no_positions", const_value=ir.tensor([0], ir.DataType.INT64))
+    graph.initializers.add(zero)
+    length = ir.node("Shape", [cut.inputs[0]], {"start": 1, "end": 2})
+    before = ir.node("Sub", [length.outputs[0], keep])
+    least = ir.node("Max", [before.outputs[0], zero])
+    start = ir.node("Mod", [least.outputs[0], length.outputs[0]])
+    graph.insert_before(cut, [length, before, least, start])
+    cut.replace_input_with(1, start.outputs[0])
+    passes.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+
+
+def _reads(value: ir.Value | None, source: ir.Value) -> bool:
+    """Whether a value is computed from the other."""
+    if value is None or value is source:
+        return value is source
+    producer = value.producer()
+    return producer is not None and any(_reads(v, source) for v in producer.inputs)
 
 
 def _name_dimensions(graph: ir.Model) -> None:

@@ -54,7 +54,7 @@ def store_matrices(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None
     stored = {name: found for name in graph.initializers if (found := _find(matrices, name))}
     for name, parts in stored.items():
         for part in parts:
-            _add_constants(graph, name + part.rows, part.matrix)
+            _add_constants(graph, name + part.rows, part.matrix, graph.initializers[name].dtype)
     for product in list(products(graph)):
         name = str(product.weight.name)
         if name in stored:
@@ -97,8 +97,12 @@ def _names(name: str) -> tuple[str, str, str]:
     return name + PACKED_SUFFIX, name + "_scales", name + "_zeros"
 
 
-def _add_constants(graph: ir.Graph, name: str, matrix: BlockMatrix) -> None:
-    arrays = (matrix.packed, matrix.scales, matrix.packed_zeros)
+def _add_constants(
+    graph: ir.Graph, name: str, matrix: BlockMatrix, dtype: ir.DataType | None
+) -> None:
+    """The scales in `dtype`, that of the activations."""
+    scales = matrix.scales if dtype is None else matrix.scales.astype(dtype.numpy())
+    arrays = (matrix.packed, scales, matrix.packed_zeros)
     for key, array in zip(_names(name), arrays, strict=True):
         if array is not None:
             graph.initializers.add(ir.Value(name=key, const_value=ir.tensor(array, name=key)))

@@ -39,6 +39,7 @@ class ConvertOptions:
     projection: bool | None = None
     bits_per_weight: float | None = None
     target_ratio: float | None = None
+    activations: Literal["fp32", "fp16"] | None = None  # fp32, where the mode is not fp16
     kv_cache: Literal["float", "int8"] = "float"  # float: as the activations
     hidden_states: bool = False  # as an output of the graph: for embeddings of texts
     verify_text: Path | None = None
@@ -58,6 +59,11 @@ class ConvertOptions:
         if self.mode == "none" or self.mode == "fp16":
             return None
         return Recipe(self.mode or "int4", *(getattr(self, name) for name in _RECIPE))
+
+    @property
+    def half(self) -> bool:
+        """Whether what flows between the matrices, and the cache, is in fp16."""
+        return self.mode == "fp16" or self.activations == "fp16"
 
     @property
     def mixed(self) -> bool:
@@ -87,7 +93,7 @@ class ConvertOptions:
         return self.recipe.projects(checkpoint.config)
 
     def cache_layout(self, model: ModelConfig) -> CacheLayout:
-        floats: Literal["float16", "float32"] = "float16" if self.mode == "fp16" else "float32"
+        floats: Literal["float16", "float32"] = "float16" if self.half else "float32"
         return CacheLayout(
             layers=model.n_layer,
             kv_heads=model.n_kv_head,
@@ -100,10 +106,16 @@ class ConvertOptions:
         """Raises OptionError for options that do not go together, before any work is done."""
         if self.via is not None:
             self._check_via()
-        if self.kv_cache == "int8" and self.mode == "fp16":
+        if self.kv_cache == "int8" and self.half:
             raise OptionError(
-                "--kv-cache int8 with --quantize none, int8 or int4",
+                "--kv-cache int8 with activations in fp32",
                 found="fp16",
+                do="leave one of them out",
+            )
+        if self.activations == "fp32" and self.mode == "fp16":
+            raise OptionError(
+                "--quantize none for activations in fp32",
+                found="--quantize fp16",
                 do="leave one of them out",
             )
         if self.hidden_states and self.projection:
@@ -135,6 +147,7 @@ class ConvertOptions:
         check_recipe(self.recipe)
         ours = {
             "--quantize fp16": self.mode == "fp16",
+            "--activations fp16": self.activations == "fp16",
             "--kv-cache int8": self.kv_cache == "int8",
             "--hidden-states": self.hidden_states,
             "--calibration-text": self.calibration_text is not None,

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gptrt.architecture import ForeignModel, ModelConfig
+from gptrt.engine import Device
 from gptrt.errors import CheckpointError, FidelityError, PromptError, TargetError
 from gptrt.format import (
     CARD_FILE,
@@ -96,7 +97,7 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     model = checkpoint.alone().frozen()
     stored = store(checkpoint, model, texts, options, step)
     step("tracing the graph")
-    traced = copy.deepcopy(model).half() if options.mode == "fp16" else model
+    traced = copy.deepcopy(model).half() if options.half else model
     graph = build_graph(traced, hidden_states=options.hidden_states)
     store_matrices(graph, stored.matrices)
     if options.kv_cache == "int8":
@@ -170,15 +171,16 @@ def verify(
     step: Step = silent_step,
     *,
     tokens: int | None = None,
+    device: Device = "cpu",
 ) -> tuple[Manifest, Fidelity]:
-    """Measure an existing bundle against the checkpoint `against` on the first `tokens` of a text
-    file."""
+    """Measure an existing bundle on a device against the checkpoint `against`, on the first
+    `tokens` of a text file."""
     bundle, tokens = open_bundle(path), tokens or DEFAULT_TOKENS
     checkpoint = with_padded_heads(load_checkpoint(against))
     _check_same_shape(checkpoint, bundle.manifest.model)
     texts = choose_texts(against, checkpoint.tokenizer, TextFiles(text, None, tokens))
     step("verifying against PyTorch")
-    decoder = open_decoder(bundle, device="cpu")
+    decoder = open_decoder(bundle, device=device)
     model = checkpoint.alone().frozen()
     ids = texts.verify
     return bundle.manifest, measure(decoder, model, ids, text=texts.name, tokens=tokens)

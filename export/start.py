@@ -73,20 +73,24 @@ def plan_run(
 
 
 def recipe_to_train(
-    mode: Mode | None, block_size: int | None, head_bits: int | None
+    mode: Mode | None,
+    block_size: int | None,
+    head_bits: int | None,
+    projection: bool | None = None,
 ) -> Recipe | None:
     """Training can afford what rounding alone cannot: the head in as few bits as the rest, and
     blocks of 128 in narrow models too."""
     if mode is None:
-        if block_size or head_bits:
+        if block_size or head_bits or projection is not None:
             raise OptionError(
                 "--quantize int8, int4 or int2",
-                found="--block-size or --head-bits without it",
+                found="--block-size, --head-bits or --projection without it",
                 do="add it or leave them out",
             )
         return None
     size = block_size or _TRAINED_BLOCK
-    return Recipe(mode, block_size=size, head_bits=head_bits or BITS[mode])
+    head = head_bits or BITS[mode]
+    return Recipe(mode, block_size=size, head_bits=head, projection=projection)
 
 
 def _tokenizer(path: Path | None, preset: Preset | None) -> TokenizerConfig | Tokenizer:

@@ -33,6 +33,7 @@ def bench(
     *,
     device: Device = "auto",
     threads: int | None = None,
+    cuda_graphs: bool = False,
     prompt_tokens: int | None = None,
     new_tokens: int | None = None,
     rounds: int = 3,
@@ -43,28 +44,39 @@ def bench(
     and opens the graph, once; `ttft_s` lasts from the call to the first id, `prefill_tok_s` is
     the prompt over that; `decode_tok_s` counts the ids after the first. `loop_overhead_us` is the
     median over all steps of what the loop over ids takes outside onnxruntime; no text is made.
-    `peak_rss_mb` is of the whole process, in 10**6 bytes, None where the system does not tell.
+    `peak_rss_mb` is of the whole process, in 10**6 bytes, None where the system does not tell. On
+    CUDA `bandwidth_gb_s` is what copies within the card's memory reach, and `bandwidth_share` how
+    much of it decoding takes to read all weights once an id.
     """
     began = time.perf_counter()
     bundle = open_bundle(embedded_bundle() if path is None else path)
-    decoder, tokenizer = (
-        open_decoder(bundle, device=device, threads=threads),
-        Tokenizer.open(bundle),
-    )
+    decoder = open_decoder(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs)
+    tokenizer = Tokenizer.open(bundle)
     generator = Generator.from_parts(decoder, tokenizer.endless(), reuse="none")
     load = time.perf_counter() - began
 
     prompt, new = _sizes(decoder.context, prompt_tokens, new_tokens)
     measured = [_round(generator, decoder, prompt, new) for _ in range(1 + rounds)][1:]
     first = _median(measured, lambda r: r.first)
+    speed = (new - 1) / _median(measured, lambda r: r.decode)
+    bandwidth = decoder.engine.bandwidth()
+    known = (
+        {}
+        if bandwidth is None
+        else {
+            "bandwidth_gb_s": bandwidth / 1e9,
+            "bandwidth_share": speed * bundle.weights_bytes / bandwidth,
+        }
+    )
     return {
         "load_s": load,
         "prefill_tok_s": prompt / first,
-        "decode_tok_s": (new - 1) / _median(measured, lambda r: r.decode),
+        "decode_tok_s": speed,
         "ttft_s": first,
         "loop_overhead_us": 1e6 * statistics.median(t for r in measured for t in r.loop),
         "peak_rss_mb": _peak_rss_mb(),
         "weights_bytes": bundle.weights_bytes,
+        **known,
     }
 
 

@@ -70,6 +70,9 @@ _engine = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"])),
     click.option("--threads", type=int, help="Of the processor; default: every core."),
 )
+_graphs = click.option(
+    "--cuda-graphs", is_flag=True, default=None, help="On CUDA start a step's kernels at once."
+)
 _generation = _options(
     click.option("--max-new-tokens", type=int),
     click.option("--min-new-tokens", type=int),
@@ -107,6 +110,7 @@ def main() -> None:
 @click.option("--max-time", type=float, help="Seconds, after which no id is begun.")
 @click.option("--timeout", type=float, help="Seconds, after which nothing is waited for.")
 @_engine
+@_graphs
 @_json
 def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Continue PROMPT; `-` reads it from standard input.
@@ -118,7 +122,8 @@ def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     if len(words) > 2:
         raise click.UsageError(f"Wanted [BUNDLE] PROMPT, got {len(words)} words: quote the prompt.")
     *bundle, prompt = words
-    engine = _given(**{name: options.pop(name) for name in ("device", "threads", "draft")})
+    names = ("device", "threads", "draft", "cuda_graphs")
+    engine = _given(**{name: options.pop(name) for name in names})
     options = _for_generation(options)
     with Generator(*bundle, **engine) as generator:
         if as_json or options.get("num_beams"):  # a search has nothing to stream
@@ -190,6 +195,7 @@ def run(
 @click.option("--prompt-tokens", type=int, help="Length of the prompt.")
 @click.option("--new-tokens", type=int, help="Ids to generate.")
 @_engine
+@_graphs
 @_json
 def bench(bundle: Path | None, as_json: bool, **options: Any) -> None:
     """Measure speed and memory on this machine.
@@ -248,15 +254,17 @@ def info(bundle: Path | None, as_json: bool) -> None:
 
 
 @main.command()
+@_bundle
 @_json
-def doctor(as_json: bool) -> None:
-    """Show what this machine has; status 1 if something needed is missing.
+def doctor(bundle: Path | None, as_json: bool) -> None:
+    """Show what this machine has, and where it would run BUNDLE if there is one; status 1 if
+    something needed is missing.
 
     Example: gptrt doctor
     """
     from gptrt.doctor import diagnose
 
-    findings = diagnose()
+    findings = diagnose(bundle)
     if as_json:
         _print_json({f.what: {"level": f.level, "found": f.found} for f in findings})
     else:

@@ -7,6 +7,8 @@ and only rewritten in place: binding anew costs more than all other Python work 
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from gptrt.architecture import ModelConfig
 from gptrt.cache import KVCache
-from gptrt.engine import Device, Engine, Memory
+from gptrt.engine import Capture, Device, Engine, Memory
 from gptrt.errors import BundleError, PromptError
 from gptrt.format import (
     ATTENTION_MASK,
@@ -35,6 +37,8 @@ from gptrt.format import (
 from gptrt.interrupt import Interrupt
 
 _GRAPH_FILES = (GRAPH_FILE, GRAPH_DATA_FILE)
+_PLAIN_RUNS = 8  # of a step before it is captured, which takes as long as some of them
+_SAME = 2**-7  # of the largest logit, between two ways to the same: fp16 knows 11 bits
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -51,22 +55,24 @@ class Decoder:
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: Device = "auto", threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        device: Device = "auto",
+        threads: int | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.manifest = bundle.manifest
         self.context = bundle.manifest.model.n_positions
         self.vocab_size = bundle.manifest.model.vocab_size
         dtype = bundle.manifest.cache.dtype
         graph = bundle.file(GRAPH_FILE)
-        self.engine = Engine(graph, device=device, threads=threads, cache_dtype=dtype)
+        self.engine = Engine(
+            graph, device=device, threads=threads, cache_dtype=dtype, cuda_graphs=cuda_graphs
+        )
         _check_graph(self.engine, self.manifest)
         hashes = sorted((n, f.sha256) for n, f in self.manifest.files.items() if n in _GRAPH_FILES)
         self.fingerprint = hashlib.sha256(repr(hashes).encode()).hexdigest()
-
-    @property
-    def copies(self) -> bool:
-        """Whether positions can be copied from one cache to another."""
-        return self.engine.device == "cpu"
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for `capacity` positions in each of `batch` rows."""
@@ -105,7 +111,7 @@ class Decoder:
             kept = min(keep or new, new)
             step = _Pass(self, buffers, (batch, new), length=cache.length + new, keep=kept)
         step.load(ids, [row.length for row in cache.filled])
-        self.engine.run(step.binding, interrupt)
+        step.run(interrupt)
         cache.advance(new)
         return step.logits
 
@@ -121,7 +127,7 @@ class Decoder:
         hidden = np.empty((1, new, _width(self.manifest)), np.float32)
         step.bind_output(HIDDEN_STATES, hidden)
         step.load([ids], [cache.length])
-        self.engine.run(step.binding, interrupt)
+        step.run(interrupt)
         cache.advance(new)
         rows: Hidden = hidden[0]
         return rows
@@ -182,7 +188,8 @@ class _Buffers:
     def single(self, capacity: int) -> _SingleStep:
         """Made when it is first needed, then kept."""
         if self._single is None:
-            self._single = _SingleStep(self._decoder, self, self.values[0].shape[0], capacity)
+            kind = _SingleStep if self._decoder.engine.cuda is None else _CudaStep
+            self._single = kind(self._decoder, self, self.values[0].shape[0], capacity)
         return self._single
 
     def bind(self, binding: Any) -> None:
@@ -198,18 +205,18 @@ class _Buffers:
 
     def copy_row(self, source: _Buffers, start: int, stop: int) -> None:
         for memory, other in zip(self.values, source.values, strict=True):
-            memory.array[0, :, start:stop] = other.array[0, :, start:stop]
+            memory.copy_positions(other, start, stop)
 
     def read(self, length: int) -> bytes:
-        return b"".join(memory.array[0, :, :length].tobytes() for memory in self.values)
+        return b"".join(memory.positions(length).tobytes() for memory in self.values)
 
     def write(self, data: bytes, length: int) -> None:
         at = 0
         for memory in self.values:
-            target = memory.array[0, :, :length]
-            values = np.frombuffer(data, memory.dtype, target.size, at)
-            target[...] = values.reshape(target.shape)
-            at += target.nbytes
+            shape = (memory.shape[1], length, memory.shape[3])
+            values = np.frombuffer(data, memory.dtype, math.prod(shape), at)
+            memory.set_positions(values.reshape(shape))
+            at += values.nbytes
         if at != len(data):
             raise ValueError(f"{len(data)} bytes instead of {at}")
 
@@ -221,13 +228,16 @@ class _Pass:
         self, decoder: Decoder, buffers: _Buffers, shape: tuple[int, int], *, length: int, keep: int
     ) -> None:
         batch, self._new = shape
+        self._engine = decoder.engine
         self._ids, self._positions = (np.zeros(shape, np.int64) for _ in range(2))
         self._mask = np.zeros((batch, length), np.int64)
         self._keep = np.array([keep], np.int64)
         self.logits = np.empty((batch, keep, decoder.vocab_size), np.float32)
         self.binding = decoder.engine.new_binding()
-        self._shares_memory = decoder.engine.device == "cpu"
         buffers.bind(self.binding)
+        self._bind()
+
+    def _bind(self) -> None:
         self.bind_output(LOGITS, self.logits)
         self._bind_inputs()
 
@@ -240,11 +250,12 @@ class _Pass:
         self._ids[...] = ids
         self._positions[...] = np.array(starts)[:, None] + np.arange(self._new)
         self._mask[:] = 1  # rows of a pass are equally long
-        self._bind_again()
-
-    def _bind_again(self) -> None:
-        if not self._shares_memory:  # binding copied the values of then to the device
+        if self._engine.device != "cpu":  # binding copied the values of then
             self._bind_inputs()
+
+    def run(self, interrupt: Interrupt | None = None) -> None:
+        """From what was loaded to the logits."""
+        self._engine.run(self.binding, interrupt)
 
     def _bind_inputs(self) -> None:
         for name, array in (
@@ -281,7 +292,72 @@ class _SingleStep(_Pass):
             self._position_at[row] = start
             self._mask_at[row * self._capacity + start] = 1
             self._filled[row] = start + 1
-        self._bind_again()
+
+
+class _CudaStep(_SingleStep):
+    """The same where inputs and logits have twins in the memory of the card, so that what is bound
+    stays bound, and a CUDA graph can be captured over it."""
+
+    def _bind(self) -> None:
+        cuda, memory = self._engine.cuda, self._engine.memory
+        assert cuda is not None
+        self._cuda, (batch, capacity) = cuda, self._mask.shape
+        # All that changes lies side by side: it takes one copy.
+        self._inputs = cuda.pinned((batch * (2 + capacity),), np.int64)
+        self._twin = memory(self._inputs.shape, "int64")
+        sizes, at = (batch, batch, batch * capacity), 0
+        parts = []
+        for name, size in zip((INPUT_IDS, POSITION_IDS, ATTENTION_MASK), sizes, strict=True):
+            shape = (batch, size // batch)
+            parts.append(self._inputs[at : at + size].reshape(shape))
+            self.binding.bind_input(
+                name, "cuda", 0, np.int64, shape, self._twin.pointer + at * self._inputs.itemsize
+            )
+            at += size
+        self._ids, self._positions, self._mask = parts
+        keep = self._keep
+        self.binding.bind_input(
+            NUM_LOGITS_TO_KEEP, "cpu", 0, np.int64, keep.shape, keep.ctypes.data
+        )
+        self.logits = cuda.pinned(self.logits.shape, np.float32)
+        self._logits_twin = memory(self.logits.shape, "float32")
+        place = (0, np.float32, self.logits.shape, self._logits_twin.pointer)
+        self.binding.bind_output(LOGITS, "cuda", *place)
+        self._plain_runs = 0
+        self._capture: Capture | None = None
+
+    def run(self, interrupt: Interrupt | None = None) -> None:
+        self._cuda.copy(self._twin.pointer, self._inputs.ctypes.data, self._inputs.nbytes)
+        if self._capture is not None:
+            if interrupt is not None:
+                interrupt.check()
+            self._replay(self._capture)
+            return
+        self._engine.run(self.binding, interrupt)
+        self._fetch()
+        self._plain_runs += 1
+        if self._plain_runs == _PLAIN_RUNS and self._engine.captures:
+            self._capture = self._checked_capture()
+
+    def _checked_capture(self) -> Capture | None:
+        """The last run once more, captured; nothing and a warning if it gives something else."""
+        plain, capture = self.logits.copy(), self._engine.new_capture()
+        self._replay(capture)
+        apart, large = np.abs(self.logits - plain).max(), np.abs(plain).max()
+        if apart <= _SAME * large:
+            return capture
+        why = f"a CUDA graph gave logits that are {apart:.3g} from those without: going on without"
+        warnings.warn(why, RuntimeWarning, stacklevel=2)
+        self.logits[...] = plain
+        return None
+
+    def _replay(self, capture: Capture) -> None:
+        self._engine.run(self.binding, capture=capture)
+        self._fetch()
+
+    def _fetch(self) -> None:
+        logits = self.logits
+        self._cuda.copy(logits.ctypes.data, self._logits_twin.pointer, logits.nbytes)
 
 
 def _cache_names(layout: CacheLayout) -> list[tuple[str, str]]:

@@ -43,8 +43,6 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
-    def copies(self) -> bool: ...
-    @property
     def fingerprint(self) -> str: ...
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache: ...
     def cache_bytes(self, capacity: int, batch: int = 1) -> int: ...
@@ -279,7 +277,7 @@ def _read_prompt(reading: Reading, one: Continuation, row: Row, others: Sequence
     """Into `row`, or by copying from another one that begins alike."""
     best = max(others, key=lambda other: reading.usable(other, one.prompt))
     common = reading.usable(best, one.prompt)
-    if reading.decoder.copies and common > reading.usable(row, one.prompt):
+    if common > reading.usable(row, one.prompt):
         row.become(best, common)
     one.reused = reading.usable(row, one.prompt)
     return reading.read(row, one.prompt)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptrt.engine import Device, import_onnxruntime
-from gptrt.errors import BundleError, DependencyError, FidelityError
+from gptrt.errors import BundleError, DependencyError, DeviceError, FidelityError
 from gptrt.format import Bundle, Golden, open_bundle, read_manifest
 from gptrt.generator import Generator, embedded_bundle, open_decoder
 from gptrt.machine import cpu_quota, memory_limit, usable_cores
@@ -90,8 +90,8 @@ class Finding:
     found: str
 
 
-def diagnose() -> list[Finding]:
-    """Everything about this machine that matters to gptrt."""
+def diagnose(path: StrPath | None = None) -> list[Finding]:
+    """Everything about this machine that matters to gptrt, and to the bundle at `path`."""
     return [
         Finding("ok", "python", platform.python_version()),
         *(_package(name) for name in ("numpy", "tokenizers", "click")),
@@ -100,7 +100,27 @@ def diagnose() -> list[Finding]:
         _memory(),
         *(_extra(name, purpose) for name, purpose in _EXTRAS.items()),
         _embedded(),
+        *([] if path is None else _placement(path)),
     ]
+
+
+def _placement(path: StrPath) -> list[Finding]:
+    """The device that a bundle runs on, what of it does not, and why it is not CUDA."""
+    bundle, findings = open_bundle(path), []
+    engine = open_decoder(bundle).engine
+    if engine.device == "cpu" and "CUDAExecutionProvider" in _providers():
+        try:
+            open_decoder(bundle, device="cuda")
+        except DeviceError as e:
+            findings.append(Finding("note", "bundle on cuda", str(e)))
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(engine.elsewhere.items()))
+    rest = f", on the CPU {kinds} for shapes" if kinds else ""
+    return [Finding("ok", "bundle", f"runs on {engine.device}{rest}"), *findings]
+
+
+def _providers() -> list[str]:
+    names: list[str] = import_onnxruntime().get_available_providers()
+    return names
 
 
 _EXTRAS = {"llguidance": "structured output: gptrt[structured]", "jinja2": "chat: gptrt[chat]"}

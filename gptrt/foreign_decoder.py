@@ -108,7 +108,6 @@ class ForeignDecoder:
             )
         self._logits_dtype = _FLOATS[gives[LOGITS].type]
 
-    copies = True  # its caches lie in arrays
     fingerprint = ""  # nobody has hashed its files
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:

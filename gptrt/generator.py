@@ -7,6 +7,7 @@ import operator
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -61,6 +62,9 @@ class Generator:
     next that begins alike: with `reuse` "exact" only what cannot change an id, with "all" also what
     was generated, which is faster and may differ where two ids are as good as equally likely.
 
+    With `cuda_graphs`, on CUDA, the kernels of a step are started all at once after a few steps, if
+    that gives what they give one by one, which is checked.
+
     `memory_limit`, in bytes, bounds what `estimate` adds up: what does not fit, a bundle or the
     cache of a call, raises MemoryLimitError before any of it is taken.
 
@@ -78,13 +82,15 @@ class Generator:
         draft: StrPath | None = None,
         reuse: Reuse = "exact",
         memory_limit: int | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         if memory_limit is not None:
             memory_limit -= without_caches(path) + (0 if draft is None else as_draft(draft))
             check_limit(memory_limit)
-        parts, guesser = open_parts(path, device=device, threads=threads), None
+        opened = partial(open_parts, device=device, threads=threads, cuda_graphs=cuda_graphs)
+        parts, guesser = opened(path), None
         if draft is not None:
-            other = open_parts(draft, device=device, threads=threads)
+            other = opened(draft)
             check_same_words(parts, other)
             guesser = other.decoder
         self._set_up(

@@ -37,7 +37,9 @@ class Parts:
     task: Task | None = None
 
 
-def open_parts(path: StrPath | None, *, device: Device, threads: int | None) -> Parts:
+def open_parts(
+    path: StrPath | None, *, device: Device, threads: int | None, cuda_graphs: bool = False
+) -> Parts:
     """Of the bundle or the foreign decoder at `path`; of the embedded bundle, if it is None."""
     if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
         from gptrt import foreign  # an import that bundles need not wait for
@@ -45,6 +47,7 @@ def open_parts(path: StrPath | None, *, device: Device, threads: int | None) -> 
         if foreign.is_foreign(path):
             from gptrt import foreign_decoder
 
+            _check_native(cuda_graphs)
             return Parts(*foreign_decoder.open_parts(path, device=device, threads=threads))
     # Hashing, opening and reading the tokenizer do not need each other.
     bundle = open_structure(embedded_bundle() if path is None else path)
@@ -52,7 +55,9 @@ def open_parts(path: StrPath | None, *, device: Device, threads: int | None) -> 
     beside: list[_Beside[Any]] = [hashing]
     try:
         import_onnxruntime()
-        opening = _Beside(lambda: open_decoder(bundle, device=device, threads=threads))
+        opening = _Beside(
+            lambda: open_decoder(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs)
+        )
         beside.append(opening)
         tokenizer = Tokenizer.open(bundle)
         hashing.result()
@@ -113,7 +118,11 @@ class _Beside(threading.Thread, Generic[T]):
 
 
 def open_decoder(
-    bundle: Bundle, *, device: Device = "auto", threads: int | None = None
+    bundle: Bundle,
+    *,
+    device: Device = "auto",
+    threads: int | None = None,
+    cuda_graphs: bool = False,
 ) -> Decoder | ForeignDecoder:
     """The decoder that runs a bundle: ours, or where another library built the graph, one for any
     decoder. Raises what `Decoder` does."""
@@ -121,8 +130,18 @@ def open_decoder(
         from gptrt.foreign import folder_of
         from gptrt.foreign_decoder import ForeignDecoder
 
+        _check_native(cuda_graphs)
         return ForeignDecoder(folder_of(bundle), device=device, threads=threads)
-    return Decoder(bundle, device=device, threads=threads)
+    return Decoder(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs)
+
+
+def _check_native(cuda_graphs: bool) -> None:
+    if cuda_graphs:
+        raise OptionError(
+            "a bundle of gptrt-export for cuda_graphs",
+            found="a decoder that another tool exported",
+            do="leave cuda_graphs out",
+        )
 
 
 def check_same_words(ours: Parts, draft: Parts) -> None:

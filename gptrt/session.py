@@ -173,7 +173,7 @@ class Session:
             twin._policy = self._policy
             twin._ids = list(self._ids)
             calls = self._generator.calls
-            if self._slab is not None and calls.decoder.copies:
+            if self._slab is not None:
                 row = self._slab.rows[0]
                 twin._slab = calls.shelf.lend(self._slab.capacity)
                 twin._slab.rows[0].become(row, len(row.ids))
@@ -264,8 +264,7 @@ class Session:
         double = 2 * old.capacity if old is not None else 0
         self._slab = shelf.lend(min(self._context, max(capacity, double)))
         if old is not None:
-            if self._generator.decoder.copies:
-                self._slab.rows[0].become(old.rows[0], len(old.rows[0].ids))
+            self._slab.rows[0].become(old.rows[0], len(old.rows[0].ids))
             shelf.drop(old)
         return self._slab
 

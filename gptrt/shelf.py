@@ -57,8 +57,7 @@ class Shelf:
         try:
             with suppress(MemoryLimitError):
                 larger = self.lend(capacity)
-                if self._decoder.copies:
-                    larger.rows[0].become(best.rows[0], common)
+                larger.rows[0].become(best.rows[0], common)
                 return larger
         finally:
             self.drop(best)

@@ -79,7 +79,6 @@ class FakeDecoder:
     """
 
     vocab_size = VOCAB
-    copies = True
     fingerprint = "fake"
 
     def __init__(self, predict: Predict, *, context: int = 64) -> None:

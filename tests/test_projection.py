@@ -19,10 +19,11 @@ from export.projection import PROJECTIONS
 from export.quantize import Recipe, average_bits, quantize_model
 from export.reopen import load_bundle, load_checkpoint_or_bundle
 from export.runs import Run, create_run, open_run
-from export.start import plan_run
+from export.start import plan_run, recipe_to_train
 from export.train import train
 from gptrt.architecture import ModelConfig
 from gptrt.cli import main as gptrt
+from gptrt.errors import OptionError
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
 from .test_quantize import divergence
@@ -113,6 +114,16 @@ def test_a_budget_covers_the_projections(
     assert manifest.model == replace(SHAPES["gpt2"], projected=True)
     assert manifest.quantization.bits_per_weight <= 7.5
     assert {matrix.name for matrix in manifest.quantization.matrices} >= PROJECTIONS
+
+
+def test_training_for_rounding_projects_as_it_is_told() -> None:
+    wide = uneven(SHAPES["gpt2"]).config
+    for told, projects in ((None, True), (True, True), (False, False)):
+        recipe = recipe_to_train("int4", None, None, told)
+        assert recipe is not None
+        assert recipe.projects(wide) is projects
+    with pytest.raises(OptionError, match="found --block-size, --head-bits or --projection"):
+        recipe_to_train(None, None, None, projection=False)
 
 
 def test_only_a_large_vocabulary_of_few_bits_is_projected(run: Run) -> None:
