@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import warnings
 from pathlib import Path
@@ -13,9 +14,10 @@ from export.options import ConvertOptions
 from export.pipeline import convert, verify
 from export.runs import Run
 from gptrt.config import GenerationConfig
+from gptrt.cuda import Cuda
 from gptrt.decoder import Decoder
 from gptrt.doctor import diagnose
-from gptrt.engine import import_onnxruntime
+from gptrt.engine import Memory, import_onnxruntime
 from gptrt.errors import OptionError
 from gptrt.format import open_bundle
 from gptrt.generator import Generator
@@ -53,6 +55,35 @@ def test_activations_in_fp16_lose_next_to_nothing_where_matrices_are_rounded(hal
     assert fidelity is not None
     assert fidelity.perplexity_ratio < 1.01
     assert open_bundle(half).manifest.cache.dtype == "float16"
+
+
+class _HostCuda(Cuda):
+    """The same copies, in the processor's memory."""
+
+    def __init__(self) -> None:
+        pass
+
+    def copy_rows(
+        self, target: tuple[int, int], source: tuple[int, int], width: int, count: int
+    ) -> None:
+        for row in range(count):
+            ctypes.memmove(target[0] + row * target[1], source[0] + row * source[1], width)
+
+
+def test_positions_are_copied_by_address_as_they_are_in_arrays() -> None:
+    random, cuda = np.random.default_rng(0), _HostCuda()
+    arrays = [random.random((3, 2, size, 4)).astype(np.float16) for size in (7, 9)]
+    there, other = (
+        Memory("cuda", a.ctypes.data, a.shape, a.dtype, a, cuda).rows(1, 3) for a in arrays
+    )
+    wanted = arrays[0].copy()
+    wanted[1, :, 2:6] = arrays[1][1, :, 2:6]
+    there.copy_positions(other, 2, 6)
+    np.testing.assert_array_equal(arrays[0], wanted)
+    np.testing.assert_array_equal(there.positions(5), wanted[1, :, :5])
+    there.set_positions(arrays[1][0, :, :3])
+    wanted[1, :, :3] = arrays[1][0, :, :3]
+    np.testing.assert_array_equal(arrays[0], wanted)
 
 
 def test_cuda_graphs_are_refused_where_there_is_no_cuda(bundle: Path) -> None:
