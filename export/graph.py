@@ -183,7 +183,7 @@ def build_graph(model: GPT, *, hidden_states: bool = False) -> ir.Model:
     assert program is not None
     graph: ir.Model = program.model
     _simplify(graph)
-    _keep_by_length(graph.graph)
+    _keep_by_length(graph)
     _name_dimensions(graph)
     _keep_all_by_default(graph)
     return graph
@@ -206,10 +206,11 @@ def _simplify(graph: ir.Model) -> None:
         step(graph)
 
 
-def _keep_by_length(graph: ir.Graph) -> None:
+def _keep_by_length(model: ir.Model) -> None:
     """Slice from max(length - keep, 0) mod length instead of from -keep: the same, and made of a
     shape, so that onnxruntime computes it on the processor also where the slice is made on a card.
     Otherwise it is copied there and back, and with such a copy no CUDA graph can be captured."""
+    graph = model.graph
     keep = next(v for v in graph.inputs if v.name == NUM_LOGITS_TO_KEEP)
     (cut,) = [node for node in graph if node.op_type == "Slice" and _reads(node.inputs[1], keep)]
     zero = ir.Value(name="no_positions", const_value=ir.tensor([0], ir.DataType.INT64))
@@ -220,7 +221,7 @@ def _keep_by_length(graph: ir.Graph) -> None:
     start = ir.node("Mod", [least.outputs[0], length.outputs[0]])
     graph.insert_before(cut, [length, before, least, start])
     cut.replace_input_with(1, start.outputs[0])
-    passes.RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _reads(value: ir.Value | None, source: ir.Value) -> bool:
