@@ -59,15 +59,6 @@ def bench(
     measured = [_round(generator, decoder, prompt, new) for _ in range(1 + rounds)][1:]
     first = _median(measured, lambda r: r.first)
     speed = (new - 1) / _median(measured, lambda r: r.decode)
-    bandwidth = decoder.engine.bandwidth()
-    known = (
-        {}
-        if bandwidth is None
-        else {
-            "bandwidth_gb_s": bandwidth / 1e9,
-            "bandwidth_share": speed * bundle.weights_bytes / bandwidth,
-        }
-    )
     return {
         "load_s": load,
         "prefill_tok_s": prompt / first,
@@ -76,8 +67,15 @@ def bench(
         "loop_overhead_us": 1e6 * statistics.median(t for r in measured for t in r.loop),
         "peak_rss_mb": _peak_rss_mb(),
         "weights_bytes": bundle.weights_bytes,
-        **known,
+        **_beside_limit(decoder.engine.bandwidth(), speed * bundle.weights_bytes),
     }
+
+
+def _beside_limit(bandwidth: float | None, read: float) -> dict[str, float]:
+    """Bytes a second that memory gives, if that is known, and the share of it that is read."""
+    if bandwidth is None:
+        return {}
+    return {"bandwidth_gb_s": bandwidth / 1e9, "bandwidth_share": read / bandwidth}
 
 
 def _round(

@@ -319,6 +319,8 @@ def test_wrong_input_to_convert_is_refused_before_any_work(
         (DataError, source, {"verify_text": short}),
         (OptionError, run.path, {"block_size": 100}),
         (OptionError, run.path, {"mode": "fp16", "kv_cache": "int8"}),
+        (OptionError, run.path, {"activations": "fp16", "kv_cache": "int8"}),
+        (OptionError, run.path, {"mode": "fp16", "activations": "fp32"}),
     ):
         with pytest.raises(error):
             convert(path, out, ConvertOptions(**options))
