@@ -1,10 +1,10 @@
 """Block quantization of one matrix: integers, and one scale a block.
 
 A matrix [rows, columns] is cut along its columns into blocks. A block of values w is stored as
-integers q and one fp32 scale s with w ~ s * (q - zero): the layout of onnxruntime's MatMulNBits
+integers q and one fp16 scale s with w ~ s * (q - zero): the layout of onnxruntime's MatMulNBits
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md). Symmetric, zero is
 2^(bits-1) for every block; asymmetric, each block has one of its own, in as many bits as a weight.
-At 4 bits and block 128, symmetric, that is 4.25 bits a weight.
+At 4 bits and block 64, symmetric, that is 4.25 bits a weight.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Bytes = NDArray[np.uint8]
 
 BITS = (2, 4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+_SCALE_BITS, _LARGEST_SCALE = 16, float(np.finfo(np.float16).max)
 
 # Shrinking the largest value of a block by up to a third can lower the error of all the others;
 # at 2 bits, where only -2 to 1 exist, by up to three quarters.
@@ -58,7 +60,7 @@ class BlockFormat:
         """Of a row of so many values: whole blocks, what of the last is empty included."""
         blocks = -(-columns // self.block_size)
         zero = 0 if self.symmetric else self.bits
-        return blocks * (self.bits * self.block_size + 32 + zero) / 8
+        return blocks * (self.bits * self.block_size + _SCALE_BITS + zero) / 8
 
     def bits_per_weight(self, columns: int) -> float:
         return 8 * self.row_bytes(columns) / columns
@@ -75,11 +77,15 @@ class BlockFormat:
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a matrix can take: scales and zeros, both [rows, blocks]."""
+    """The values that a matrix can take: scales and zeros, both [rows, blocks]. Whatever scales it
+    is given, it has those next to them that can be stored: so integers are chosen for them."""
 
     format: BlockFormat
     scales: Float
     zeros: Float  # whole numbers, 0 to levels - 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", _storable(self.scales))
 
     def integers(self, weight: Float) -> Bytes:
         """The nearest integers [rows, blocks, block_size] of a matrix [rows, columns]."""
@@ -98,8 +104,8 @@ class Grid:
 class BlockMatrix:
     """A quantized matrix [rows, columns] as onnxruntime reads it.
 
-    packed is uint8 [rows, blocks, block_size * bits / 8], low bits first; scales [rows, blocks];
-    zeros, where blocks have their own, uint8 [rows, blocks], one a byte.
+    packed is uint8 [rows, blocks, block_size * bits / 8], low bits first; scales [rows, blocks],
+    numbers that fp16 has; zeros, where blocks have their own, uint8 [rows, blocks], one a byte.
     """
 
     format: BlockFormat
@@ -142,7 +148,8 @@ class BlockMatrix:
     @property
     def nbytes(self) -> int:
         zeros = self.packed_zeros
-        return self.packed.nbytes + self.scales.nbytes + (0 if zeros is None else zeros.nbytes)
+        scales = self.scales.size * _SCALE_BITS // 8
+        return self.packed.nbytes + scales + (0 if zeros is None else zeros.nbytes)
 
 
 def least_squares_grid(weight: Float, fmt: BlockFormat, importance: Float | None = None) -> Grid:
@@ -180,6 +187,13 @@ def _range(blocks: Float, fmt: BlockFormat) -> tuple[Float, Float]:
     scales = (high - low) / np.float32(fmt.levels - 1)
     zeros = np.divide(-low, scales, out=np.zeros_like(scales), where=scales != 0)
     return scales, np.rint(zeros)
+
+
+def _storable(scales: Float) -> Float:
+    """The nearest of fp16: off by a 2,000th at most, and it is the grid that gives way, not what is
+    rounded to it. What is too small for fp16 becomes zero, an error below a millionth."""
+    held: Float = scales.clip(-_LARGEST_SCALE, _LARGEST_SCALE).astype(np.float16).astype(np.float32)
+    return held
 
 
 def to_blocks(weight: Float, size: int) -> Float:

@@ -2,6 +2,8 @@
 GatherBlockQuantized.
 
 A matrix that is both embedding and head is stored once and read by both, in memory and on disk.
+Scales are stored in fp16. Kernels want them in the type of the activations: onnxruntime casts them
+as it opens the graph, so that to the kernels they are constants.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +24,8 @@ from .graph import PARAMETER_PREFIX
 from .parts import parts_of, rows_of
 
 MICROSOFT = "com.microsoft"
-PACKED_SUFFIX = "_quantized"  # of a matrix's integers; the rest of the name is the parameter's
+# Of the constants of a matrix; the rest of their names is the parameter's.
+PACKED_SUFFIX, SCALES_SUFFIX, ZEROS_SUFFIX = "_quantized", "_scales", "_zeros"
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: products in int8, sums in int32
 
 
@@ -51,10 +55,7 @@ def store_matrices(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None
     """Put `matrices`, by parameter name, in place of the constants of `model`."""
     graph = model.graph
     model.opset_imports[MICROSOFT] = 1
-    stored = {name: found for name in graph.initializers if (found := _find(matrices, name))}
-    for name, parts in stored.items():
-        for part in parts:
-            _add_constants(graph, name + part.rows, part.matrix, graph.initializers[name].dtype)
+    stored = {n: found for n in list(graph.initializers) if (found := _parts(graph, matrices, n))}
     for product in list(products(graph)):
         name = str(product.weight.name)
         if name in stored:
@@ -69,63 +70,65 @@ def store_matrices(model: ir.Model, matrices: Mapping[str, BlockMatrix]) -> None
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a matrix, `first` the uppermost; `rows` is what their names end with."""
+    """Some rows of a matrix, `first` the uppermost; `rows` is what their names end with. `packed`,
+    `scales` and `zeros` are what nodes read."""
 
     rows: str
     first: int
     matrix: BlockMatrix
+    packed: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
 
     @property
     def count(self) -> int:
         return len(self.matrix.scales)
 
 
-def _find(matrices: Mapping[str, BlockMatrix], name: str) -> list[Part]:
-    """The matrix of a constant, in its parts; a tied one may bear the name of the head."""
+def _parts(graph: ir.Graph, matrices: Mapping[str, BlockMatrix], name: str) -> list[Part]:
+    """The matrix of a constant, in its parts, put into the graph; a tied one may bear the name of
+    the head."""
     parameter = name.removeprefix(PARAMETER_PREFIX)
     names = parts_of(parameter, matrices)
     if parameter == "lm_head.weight" and not names:
         parameter = "wte.weight"
         names = parts_of(parameter, matrices)
+    dtype = graph.initializers[name].dtype or ir.DataType.FLOAT
     return [
-        Part(part.removeprefix(parameter), rows_of(part).start or 0, matrices[part])
+        _part(graph, name, dtype, part.removeprefix(parameter), rows_of(part), matrices[part])
         for part in names
     ]
 
 
-def _names(name: str) -> tuple[str, str, str]:
-    return name + PACKED_SUFFIX, name + "_scales", name + "_zeros"
-
-
-def _add_constants(
-    graph: ir.Graph, name: str, matrix: BlockMatrix, dtype: ir.DataType | None
-) -> None:
-    """The scales in `dtype`, that of the activations."""
-    scales = matrix.scales if dtype is None else matrix.scales.astype(dtype.numpy())
-    arrays = (matrix.packed, scales, matrix.packed_zeros)
-    for key, array in zip(_names(name), arrays, strict=True):
-        if array is not None:
-            graph.initializers.add(ir.Value(name=key, const_value=ir.tensor(array, name=key)))
+def _part(
+    graph: ir.Graph, name: str, dtype: ir.DataType, rows: str, at: slice, matrix: BlockMatrix
+) -> Part:
+    own, zeros = name + rows, matrix.packed_zeros
+    packed = _constant(graph, own + PACKED_SUFFIX, matrix.packed)
+    scales = _constant(graph, own + SCALES_SUFFIX, matrix.scales.astype(np.float16))
+    if dtype != ir.DataType.FLOAT16:
+        cast = ir.node("Cast", [scales], {"to": dtype})
+        graph.insert_before(graph[0], cast)
+        scales = cast.outputs[0]
+    own_zeros = None if zeros is None else _constant(graph, own + ZEROS_SUFFIX, zeros)
+    return Part(rows, at.start or 0, matrix, packed, scales, own_zeros)
 
 
 def _replace_product(graph: ir.Graph, product: Product, parts: list[Part]) -> None:
     """MatMul, and the bias that follows it, become one MatMulNBits; or one for each part, whose
     results stand side by side."""
-    node, name = product.node, str(product.weight.name)
+    node = product.node
     last, bias = node, _bias_after(node) if len(parts) == 1 else None
     if bias is not None:
         last = next(iter(node.outputs[0].uses()))[0]
-    new = [_product(graph, node, name, part, bias) for part in parts]
+    new = [_product(node, part, bias) for part in parts]
     if len(new) > 1:
         new.append(ir.node("Concat", [n.outputs[0] for n in new], {"axis": -1}))
     _substitute(graph, last, *new, also=[node] if last is not node else [])
 
 
-def _product(
-    graph: ir.Graph, node: ir.Node, name: str, part: Part, bias: ir.Value | None
-) -> ir.Node:
+def _product(node: ir.Node, part: Part, bias: ir.Value | None) -> ir.Node:
     matrix, fmt = part.matrix, part.matrix.format
-    packed, scales, zeros = (graph.initializers.get(key) for key in _names(name + part.rows))
     attributes = {
         "K": matrix.columns,
         "N": part.count,
@@ -133,7 +136,8 @@ def _product(
         "block_size": fmt.block_size,
         "accuracy_level": _INT8_ACTIVATIONS,
     }
-    inputs = [node.inputs[0], packed, scales, zeros, None, bias]  # None: none; the fifth, an order
+    inputs = [node.inputs[0], part.packed, part.scales, part.zeros]
+    inputs += [None, bias]  # None: none; the fifth, an order
     while inputs[-1] is None:
         inputs.pop()
     label = f"{node.name}{part.rows}"
@@ -183,13 +187,12 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, parts: list[Part], name: str
 def _gather(graph: ir.Graph, ids: ir.Value, part: Part, name: str) -> list[ir.Node]:
     """Rows of one part: [..., blocks, block_size] come back, made [..., columns]."""
     matrix = part.matrix
-    packed, scales = (graph.initializers[key] for key in _names(name + part.rows)[:2])
     axis = _constant(graph, f"{name}_axis", np.array([2], np.int64))
     wide = _constant(graph, f"{name}_row", np.array([0, 0, -1], np.int64))
-    column_scales = ir.node("Unsqueeze", [scales, axis])
+    column_scales = ir.node("Unsqueeze", [part.scales, axis])
     rows = ir.node(
         "GatherBlockQuantized",
-        [packed, ids, column_scales.outputs[0]],
+        [part.packed, ids, column_scales.outputs[0]],
         {
             "bits": matrix.format.bits,
             "block_size": matrix.format.block_size,
@@ -208,7 +211,7 @@ def _gather(graph: ir.Graph, ids: ir.Value, part: Part, name: str) -> list[ir.No
     return new
 
 
-def _constant(graph: ir.Graph, name: str, array: NDArray[np.int64]) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     if name not in graph.initializers:
         graph.initializers.add(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
     return graph.initializers[name]

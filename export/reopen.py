@@ -31,7 +31,7 @@ from .blocks import BlockFormat, BlockMatrix, unpack
 from .checkpoint import Checkpoint, load_checkpoint
 from .graph import PARAMETER_PREFIX
 from .model import GPT
-from .nbits import PACKED_SUFFIX, products
+from .nbits import PACKED_SUFFIX, SCALES_SUFFIX, ZEROS_SUFFIX, products
 from .parts import parameter_of, parts_of
 from .tokenization import load_tokenizer, read_special_ids, special_ids
 
@@ -104,12 +104,13 @@ def _quantized(
         name = stored.removeprefix(PARAMETER_PREFIX)
         parameter = parameter_of(name)
         columns = wanted[parameter if parameter in wanted else "wte.weight"].shape[1]
-        scales, zeros = (graph.initializers.get(stored + end) for end in ("_scales", "_zeros"))
+        ends = (SCALES_SUFFIX, ZEROS_SUFFIX)
+        scales, zeros = (graph.initializers.get(stored + end) for end in ends)
         if scales is None:
             continue  # not a bundle of ours: the parameter will be found missing
         bits, size = (node.attributes[key].as_int() for key in ("bits", "block_size"))
         fmt = BlockFormat(bits, size, symmetric=zeros is None)
-        steps = _array(scales)
+        steps = _array(scales).astype(np.float32)
         own_zeros = None if zeros is None else unpack(_array(zeros), bits)[:, : steps.shape[1]]
         matrix = BlockMatrix(fmt, columns, _array(packed), steps, own_zeros)
         yield name, matrix.dequantize()

@@ -1,12 +1,12 @@
 """Rounding that is learnt: the forward pass computes with rounded matrices, and both where each
 weight lies on its grid and the scales of the grids learn from it.
 
-What is rounded is what a bundle stores (`blocks`), to the bit: a scale a block, the integers of
-MatMulNBits. A weight is kept as its position on the grid, in steps of it: 2.3 is stored as 2. So
-one learning rate suits every block of every model: it says how many steps it takes to turn an
-integer. Rounding has no gradient, so the position takes that of its integer (the straight-through
-estimator, https://arxiv.org/abs/1308.3432). Scales are learnt by their logarithm: a step then
-changes each by a share of itself.
+What is rounded is what a bundle stores (`blocks`), to the bit: a scale in fp16 a block, the
+integers of MatMulNBits. A weight is kept as its position on the grid, in steps of it: 2.3 is stored
+as 2. So one learning rate suits every block of every model: it says how many steps it takes to turn
+an integer. Rounding has no gradient, so the position takes that of its integer (the
+straight-through estimator, https://arxiv.org/abs/1308.3432). Scales are learnt by their logarithm:
+a step then changes each by a share of itself.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class TrainedRounding:
     def _rounded(self, name: str) -> Tensor:
         fmt, positions = self.formats[name], self.positions[name]
         integers: Tensor = _Snap.apply(positions, fmt.zero)  # type: ignore[no-untyped-call]
-        scales = self.log_scales[name].exp() * self.signs[name]
+        scales = _stored(self.log_scales[name].exp() * self.signs[name])
         rows, columns = positions.shape
         padded = F.pad(integers, (0, -columns % fmt.block_size))
         blocks = padded.view(rows, -1, fmt.block_size)
@@ -187,6 +187,11 @@ def _integers(matrix: BlockMatrix) -> Float:
     values = unpack(matrix.packed, matrix.format.bits).astype(np.float32) - matrix.format.zero
     rows: Float = values.reshape(len(values), -1)[:, : matrix.columns]
     return rows
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """The nearest numbers of fp16; gradients pass as if they were the scales themselves."""
+    return scales + (scales.detach().half().float() - scales.detach())
 
 
 class _Snap(torch.autograd.Function):
