@@ -25,6 +25,7 @@ RECIPES: dict[str, list[str]] = {
     "int4, no projection": ["--no-projection"],
     "int4, head int8": ["--head-bits", "8"],
     "int4, head int4": ["--head-bits", "4"],
+    "int4, block 64, head int4": ["--block-size", "64", "--head-bits", "4"],
     "int4, block 128": ["--block-size", "128"],
     "int4, block 128, head int4": ["--block-size", "128", "--head-bits", "4"],
     "int4, block 128, no projection": ["--block-size", "128", "--no-projection"],

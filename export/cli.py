@@ -54,7 +54,7 @@ for _command in (cli_tasks.finetune, cli_tasks.evaluate, cli_tasks.estimate):
     help="Train through the rounding of such a bundle.",
 )
 @click.option("--block-size", type=int, help="Weights that share a scale, with --quantize.")
-@click.option("--head-bits", type=int, help="Bits of the vocabulary matrix; those of --quantize.")
+@click.option("--head-bits", type=int, help="Bits of the vocabulary matrix.")
 @_projection
 @click.option("--distill", type=click.FloatRange(min=0), help="Weight of learning from --from.")
 def train(

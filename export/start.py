@@ -17,7 +17,7 @@ from gptrt.schema import decode
 from .data import find_texts
 from .optimizer import OptimizerConfig
 from .presets import Preset, load_preset, preset_names
-from .quantize import BITS, Mode, Recipe
+from .quantize import Mode, Recipe
 from .reopen import load_checkpoint_or_bundle
 from .runs import RunPlan, TrainConfig
 from .tokenization import TokenizerConfig, open_tokenizer
@@ -78,8 +78,7 @@ def recipe_to_train(
     head_bits: int | None,
     projection: bool | None = None,
 ) -> Recipe | None:
-    """Training can afford what rounding alone cannot: the head in as few bits as the rest, and
-    blocks of 128 in narrow models too."""
+    """Training can afford what rounding alone cannot: blocks of 128 in narrow models too."""
     if mode is None:
         if block_size or head_bits or projection is not None:
             raise OptionError(
@@ -89,8 +88,7 @@ def recipe_to_train(
             )
         return None
     size = block_size or _TRAINED_BLOCK
-    head = head_bits or BITS[mode]
-    return Recipe(mode, block_size=size, head_bits=head, projection=projection)
+    return Recipe(mode, block_size=size, head_bits=head_bits, projection=projection)
 
 
 def _tokenizer(path: Path | None, preset: Preset | None) -> TokenizerConfig | Tokenizer:
