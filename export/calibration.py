@@ -74,12 +74,11 @@ def correct_errors(
             moments = _sum_moments(zip(found, wanted[name], strict=True))
             work.store_all(f"h.{layer}.{name}.weight", moments)
         x = [run(block, a) for a in x]
-    pairs = list(zip(x, reference, strict=True))
+    states = [(model.ln_f(a), model.ln_f(b)) for a, b in zip(x, reference, strict=True)]
     if model.config.projected:
-        normed = ((model.ln_f(a), model.ln_f(b)) for a, b in pairs)
-        work.store_all("project_out.weight", _sum_moments(normed))
+        work.store_all("project_out.weight", _sum_moments(states))
     if not model.config.tied:
-        finals = [(work.rounded.before_head(a), model.before_head(b)) for a, b in pairs]
+        finals = [(work.rounded.to_head(a), model.to_head(b)) for a, b in states]
         moments = _sum_moments(finals)
         if by_row:
             work.undo_drift("lm_head.weight", moments)

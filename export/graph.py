@@ -152,17 +152,18 @@ class DecoderGraph(nn.Module):
         rotary = self.model.config.positions == "rotary"
         tables = (self.rotary_cos, self.rotary_sin) if rotary else ()
         attend = CachedAttention(self.model.config, attention_mask, past, tables)
-        hidden = self.model.hidden(input_ids, position_ids, attend)
-        given = [self.model.lm_head(keep_last(hidden, num_logits_to_keep))]
+        states = self.model.states(self.model.embed(input_ids, position_ids), attend)
+        kept = self.model.to_head(keep_last(states, num_logits_to_keep))
+        given = [self.model.lm_head(kept)]
         if self.hidden_states:
-            given.append(hidden)
+            given.append(states)
         floats = (x if x.dtype == torch.float32 else x.float() for x in given)
         return *floats, *attend.present
 
 
 def build_graph(model: GPT, *, hidden_states: bool = False) -> ir.Model:
     """The fp32 (or fp16, as the model is) decoder graph, its weights shared with the model; with
-    `hidden_states` it gives also what its head reads."""
+    `hidden_states` it gives those of the last norm, too."""
     config = model.config
     layers = range(config.n_layer)
     past = [past_name(layer, part) for layer in layers for part in ("key", "value")]

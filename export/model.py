@@ -148,31 +148,31 @@ class GPT(nn.Module):
         `keep` [1] asks for the last so many positions only (0: all), since the head is a third
         of a small model's work.
         """
-        x = self.hidden(ids, positions, attend)
+        states = self.states(self.embed(ids, positions), attend)
         if keep is not None:
-            x = keep_last(x, keep)  # [batch, kept, n_embd]
-        logits: Tensor = self.lm_head(x)
+            states = keep_last(states, keep)  # [batch, kept, n_embd]
+        logits: Tensor = self.lm_head(self.to_head(states))
         return logits
 
     def hidden(
         self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
         """What the head reads: [batch, seq, n_embd]. Positions count from 0 if not given."""
-        return self.hidden_of(self.embed(ids, positions), attend)
+        return self.to_head(self.states(self.embed(ids, positions), attend))
 
-    def hidden_of(self, x: Tensor, attend: Attend | None = None) -> Tensor:
-        """`hidden`, of what the first block reads."""
+    def states(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """The last hidden states [batch, seq, n_embd], in the model's own basis, of what the first
+        block reads."""
         attend = attend or CausalAttention(self.config)
         for layer, block in enumerate(self.h):
             x = block(x, partial(attend, layer))
-        return self.before_head(x)
-
-    def before_head(self, x: Tensor) -> Tensor:
-        """What the head reads, of what the last block gives."""
         normed: Tensor = self.ln_f(x)
-        if self.config.projected:
-            normed = self.project_out(normed)
         return normed
+
+    def to_head(self, states: Tensor) -> Tensor:
+        """What the head reads, of the last hidden states."""
+        read: Tensor = self.project_out(states) if self.config.projected else states
+        return read
 
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """What the first block reads: [batch, seq, n_embd]."""

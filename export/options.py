@@ -86,9 +86,8 @@ class ConvertOptions:
         return rounds and checkpoint.rounding is None
 
     def projects(self, checkpoint: Checkpoint) -> bool:
-        """Whether the vocabulary is to be put in a basis of its own before it is rounded. Not
-        where what the head reads is itself wanted: that is to be in the basis of the model."""
-        if self.recipe is None or checkpoint.rounding is not None or self.hidden_states:
+        """Whether the vocabulary is to be put in a basis of its own before it is rounded."""
+        if self.recipe is None or checkpoint.rounding is not None:
             return False
         return self.recipe.projects(checkpoint.config)
 
@@ -116,12 +115,6 @@ class ConvertOptions:
             raise OptionError(
                 "--quantize none for activations in fp32",
                 found="--quantize fp16",
-                do="leave one of them out",
-            )
-        if self.hidden_states and self.projection:
-            raise OptionError(
-                "--hidden-states, in the model's own basis, or --projection into another",
-                found="both",
                 do="leave one of them out",
             )
         given = self.own_recipe
@@ -172,12 +165,6 @@ class ConvertOptions:
             check_budget(replace(checkpoint.config, projected=projected), self.bits_per_weight)
         if checkpoint.rounding is not None:
             self._check_trained_for(mode_of(checkpoint.rounding.formats))
-            if self.hidden_states and checkpoint.config.projected:
-                raise OptionError(
-                    "for --hidden-states a model in the basis that it was trained in",
-                    found="a vocabulary that was trained for its rounding in a basis of its own",
-                    do="leave --hidden-states out",
-                )
 
     def _check_trained_for(self, trained: str) -> None:
         if self.mode not in (None, trained) or self.mixed or self.own_recipe:

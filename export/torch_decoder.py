@@ -95,15 +95,15 @@ class TorchDecoder:
         """Read ids [batch, new] after what each row of `cache` holds: logits float32
         [batch, kept, vocab], of the last `keep` positions, all of them where it is 0. Raises
         PromptError, and Interrupted, which leaves the cache as it was."""
-        hidden = self._read(ids, cache, interrupt)[:, -keep:]  # [batch, kept, n_embd]
+        states = self._read(ids, cache, interrupt)[:, -keep:]  # [batch, kept, n_embd]
         with torch.no_grad():
-            logits: Logits = self.model.lm_head(hidden).float().cpu().numpy()
+            logits: Logits = self.model.lm_head(self.model.to_head(states)).float().cpu().numpy()
         return logits
 
     def hidden_states(
         self, ids: Sequence[int], cache: KVCache, *, interrupt: Interrupt | None = None
     ) -> Hidden:
-        """Read ids in a cache of one row: what the head reads of each, float32 [new, n_embd]."""
+        """Read ids in a cache of one row: the last hidden state of each, float32 [new, n_embd]."""
         hidden: Hidden = self._read([ids], cache, interrupt)[0].float().cpu().numpy()
         return hidden
 
@@ -111,7 +111,7 @@ class TorchDecoder:
     def _read(
         self, ids: Ids | Sequence[Sequence[int]], cache: KVCache, interrupt: Interrupt | None
     ) -> Tensor:
-        """What the head reads: [batch, new, n_embd]."""
+        """The last hidden states: [batch, new, n_embd]."""
         new = _check_room(ids, cache)
         if interrupt is not None:
             interrupt.check()
@@ -121,9 +121,9 @@ class TorchDecoder:
         buffers: _Buffers = cache.buffers  # type: ignore[assignment]
         attend = _CachedAttention(self.model.config, buffers, positions, cache.length + new)
         tokens = torch.from_numpy(np.array(ids, np.int64)).to(device)
-        hidden = self.model.hidden(tokens, positions, attend)
+        states = self.model.states(self.model.embed(tokens, positions), attend)
         cache.advance(new)
-        return hidden
+        return states
 
 
 def _check_room(ids: Ids | Sequence[Sequence[int]], cache: KVCache) -> int:

@@ -90,7 +90,7 @@ def embedding_cost(model: GPT, windows: Tensor) -> Tensor:
     for ids in torch.split(windows[: -(-_TOKENS // length)], max(1, _AT_A_TIME // length)):
         with torch.enable_grad():
             x = model.embed(ids).detach().requires_grad_()
-            hidden = model.hidden_of(x)
+            hidden = model.to_head(model.states(x))
         drawn = _gradient_of_draws(hidden.detach().flatten(0, 1), head, random)
         (gradient,) = torch.autograd.grad(hidden, x, drawn.view_as(hidden))
         flat = gradient.flatten(0, 1)

@@ -114,7 +114,7 @@ class Decoder:
     def hidden_states(
         self, ids: Sequence[int], cache: KVCache, *, interrupt: Interrupt | None = None
     ) -> Hidden:
-        """Read ids as `run` does, in a cache of one row: what the head reads of each of them,
+        """Read ids as `run` does, in a cache of one row: the last hidden state of each of them,
         float32 [new, n_embd]. Raises BundleError for a bundle that was exported without."""
         if not self.manifest.hidden_states:
             raise no_hidden_states()

@@ -42,7 +42,7 @@ ATTENTION_MASK = "attention_mask"  # int64 [batch, past + new]
 POSITION_IDS = "position_ids"  # int64 [batch, new]
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"  # int64 [1], optional: 0, its default, keeps all
 LOGITS = "logits"  # float32 [batch, kept, vocab]
-HIDDEN_STATES = "hidden_states"  # float32 [batch, new, n_embd], optional: what the head reads
+HIDDEN_STATES = "hidden_states"  # float32 [batch, new, n_embd], optional: of the last norm
 
 
 def past_name(layer: int, part: Literal["key", "value"]) -> str:

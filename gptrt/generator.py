@@ -380,8 +380,8 @@ class Generator:
     def embed(
         self, texts: Sequence[Prompt], *, pooling: Pooling = "mean", normalize: bool = True
     ) -> Logits:
-        """A vector for each text, float32 [len(texts), n_embd]: the mean of what the head reads, or
-        what it reads last; of length 1 if they are normalized.
+        """A vector for each text, float32 [len(texts), n_embd]: the mean of the last hidden
+        states of its ids, or that of the last id; of length 1 if they are normalized.
 
         Raises BundleError for a bundle that was exported without `--hidden-states`.
         """

@@ -183,7 +183,7 @@ Pooling = Literal["mean", "last"]
 
 
 def embed(reading: Reading, row: Row, ids: Sequence[int], pooling: Pooling) -> Hidden:
-    """What the head reads, of all ids in the mean or of the last one, float32 [n_embd]. Raises
+    """The last hidden states, of all ids in the mean or of the last one, float32 [n_embd]. Raises
     BundleError for a decoder that does not give it."""
     row.rewind(0)
     total = np.zeros(0, np.float64)

@@ -384,7 +384,6 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
         (["hqq"], run.path, "--quantize", "int8", "--method", "hqq"),
         (["symmetric"], run.path, "--method", "k-quant", "--symmetric"),
         (["bits"], run.path, "--head-bits", 3),
-        (["--projection"], run.path, "--projection", "--hidden-states"),
         (["--quantize"], run.path, "--quantize", "none", "--method", "gptq"),
         (["--window"], run.path, "--window", 1000),
         (["--calibration-text"], other, "--verify-text", short),

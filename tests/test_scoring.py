@@ -63,7 +63,7 @@ def test_logits_are_those_of_pytorch_at_any_position(pair: tuple[Generator, GPT]
 
 
 @pytest.mark.parametrize("longest", [256, 4])
-def test_embeddings_pool_what_the_head_reads(
+def test_embeddings_pool_the_last_hidden_states(
     pair: tuple[Generator, GPT], longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, model = pair
