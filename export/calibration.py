@@ -8,7 +8,7 @@ it would have made of the first. So later matrices make good what earlier ones h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -115,8 +115,9 @@ class _Correction:
         for name in parts_of(parameter, self._formats):
             done, count = len(self.matrices), len(self._formats)
             progress = within(self._progress, done / count, (done + 1) / count, f"rounding {name}")
-            fmt = self._formats[name]
-            self._keep(name, corrected_by_row(weight, rows_of(name), fmt, costs, progress))
+            own = [self._formats[name]]
+            (matrix,) = corrected_by_row(weight, rows_of(name), own, costs, progress)
+            self._keep(name, matrix)
 
     def _keep(self, name: str, matrix: BlockMatrix) -> None:
         rows = self.rounded.get_parameter(parameter_of(name))[rows_of(name)]
@@ -125,15 +126,21 @@ class _Correction:
 
 
 def corrected_by_row(
-    weight: Tensor, rows: slice, fmt: BlockFormat, costs: RowCosts, progress: Progress
-) -> BlockMatrix:
-    """`rows` of a vocabulary matrix, each error-corrected by what its own errors cost."""
+    weight: Tensor,
+    rows: slice,
+    formats: Sequence[BlockFormat],
+    costs: RowCosts,
+    progress: Progress,
+) -> list[BlockMatrix]:
+    """`rows` of a vocabulary matrix in each of `formats`, every row error-corrected by what its own
+    errors cost."""
     first, last, _ = rows.indices(len(weight))
     parts = []
     for some, hessian in costs.of(first, last):
         progress((some.start - first) / (last - first), f"row {some.start}")
-        parts.append(error_corrected(weight[some].detach().numpy(), fmt, Moments(hessian)))
-    return BlockMatrix.stack(parts)
+        own, moments = weight[some].detach().numpy(), Moments(hessian)
+        parts.append([error_corrected(own, fmt, moments) for fmt in formats])
+    return [BlockMatrix.stack(found) for found in zip(*parts, strict=True)]
 
 
 @torch.no_grad()

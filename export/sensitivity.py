@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,10 +80,10 @@ def measure_damage(
         rows, found = twin.get_parameter(parameter_of(name))[rows_of(name)], []
         original = rows.detach().clone()
         formats = list(dict.fromkeys(fmt.within(shape[1]) for fmt in candidates))
-        for at, fmt in enumerate(formats):
-            first, last = ((number + part / len(formats)) / len(shapes) for part in (at, at + 1))
-            rounding = within(progress, first, last, f"measuring {name}")
-            rows.copy_(torch.from_numpy(corrected(name, fmt, rounding).dequantize()))
+        first, last = number / len(shapes), (number + 1) / len(shapes)
+        rounding = within(progress, first, last, f"measuring {name}")
+        for fmt, matrix in zip(formats, corrected(name, formats, rounding), strict=True):
+            rows.copy_(torch.from_numpy(matrix.dequantize()))
             damage = max(0.0, _divergence(twin, text, reference))
             found.append(Option(name, fmt, shape, damage))
         rows.copy_(original)
@@ -91,18 +91,24 @@ def measure_damage(
     return options
 
 
-def _corrector(model: GPT, calibration: Ids) -> Callable[[str, BlockFormat, Progress], BlockMatrix]:
-    """What rounds any matrix of the model alone, or a part of one, as an export would."""
+_Corrector = Callable[[str, Sequence[BlockFormat], Progress], list[BlockMatrix]]
+
+
+def _corrector(model: GPT, calibration: Ids) -> _Corrector:
+    """What rounds any matrix of the model alone, or a part of one, to each of some formats, as an
+    export would."""
     moments = moments_of(model, matrix_shapes(model.config), calibration)
     costs = costs_of_rows(model, calibration) if quick_by_row(model.config) else None
 
-    def corrected(name: str, fmt: BlockFormat, progress: Progress) -> BlockMatrix:
+    def corrected(
+        name: str, formats: Sequence[BlockFormat], progress: Progress
+    ) -> list[BlockMatrix]:
         parameter = parameter_of(name)
         weight = model.get_parameter(parameter).detach()
         if costs is not None and parameter == head_parameter(model.config):
-            return corrected_by_row(weight, rows_of(name), fmt, costs, progress)
-        rows = weight[rows_of(name)].numpy()
-        return corrected_where_known(rows, fmt, moments.get(parameter))
+            return corrected_by_row(weight, rows_of(name), formats, costs, progress)
+        rows, known = weight[rows_of(name)].numpy(), moments.get(parameter)
+        return [corrected_where_known(rows, fmt, known) for fmt in formats]
 
     return corrected
 
