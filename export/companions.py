@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ def write_companions(
     special: SpecialIds,
     chat_template: ChatTemplate | None = None,
 ) -> None:
-    """The configurations of model, generation, tokenizer and onnxruntime-genai."""
-    write_json(folder / CONFIG_FILE, family_for(config).to_json(config) | special.json())
+    """The configurations of model, generation, tokenizer and onnxruntime-genai. A vocabulary in a
+    basis of its own is a matter of the graph: to others the model is what it is without."""
+    plain = replace(config, projected=False)
+    write_json(folder / CONFIG_FILE, family_for(plain).to_json(plain) | special.json())
     write_json(folder / GENERATION_CONFIG_FILE, special.json())
     write_json(folder / GENAI_CONFIG_FILE, genai_config(config, special))
     save_tokenizer(tokenizer, folder, config.n_positions, special, chat_template)

@@ -3,6 +3,7 @@ wherever other software reads it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,8 @@ def test_a_bundle_of_a_projected_vocabulary_is_the_model_and_can_be_taught(
     options = ConvertOptions(verify_text=text_file, allow_loss=True, hidden_states=True)
     manifest = convert(source, out, options)
     assert manifest.model == replace(shape, projected=True)
+    # Other runtimes know the model by its family, whatever basis its vocabulary has in the graph.
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
     ids = list(range(5, 40))
     with torch.no_grad():
         states = load_checkpoint(source).model().eval().hidden(torch.tensor([ids]))[0].mean(0)
@@ -198,7 +201,6 @@ def test_training_for_rounding_goes_on_where_it_stopped(trained_for_rounding: Ru
 def test_a_basis_without_its_vocabulary_is_refused(
     trained_for_rounding: Run, tmp_path: Path
 ) -> None:
-    import json
     import shutil
 
     copy = Path(shutil.copytree(trained_for_rounding.last_folder, tmp_path / "copy"))
