@@ -191,7 +191,7 @@ def _range(blocks: Float, fmt: BlockFormat) -> tuple[Float, Float]:
 
 def _storable(scales: Float) -> Float:
     """The nearest of fp16: off by a 2,000th at most, and it is the grid that gives way, not what is
-    rounded to it. What is too small for fp16 becomes zero, an error below a millionth."""
+    rounded to it. What is too small for fp16 becomes zero: weights of a few millionths at most."""
     held: Float = scales.clip(-_LARGEST_SCALE, _LARGEST_SCALE).astype(np.float16).astype(np.float32)
     return held
 
