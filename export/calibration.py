@@ -74,11 +74,14 @@ def correct_errors(
             moments = _sum_moments(zip(found, wanted[name], strict=True))
             work.store_all(f"h.{layer}.{name}.weight", moments)
         x = [run(block, a) for a in x]
-    states = [(model.ln_f(a), model.ln_f(b)) for a, b in zip(x, reference, strict=True)]
+    pairs = list(zip(x, reference, strict=True))
     if model.config.projected:
+        states = ((model.ln_f(a), model.ln_f(b)) for a, b in pairs)
         work.store_all("project_out.weight", _sum_moments(states))
     if not model.config.tied:
-        finals = [(work.rounded.to_head(a), model.to_head(b)) for a, b in states]
+        finals = [
+            (work.rounded.to_head(model.ln_f(a)), model.to_head(model.ln_f(b))) for a, b in pairs
+        ]
         moments = _sum_moments(finals)
         if by_row:
             work.undo_drift("lm_head.weight", moments)

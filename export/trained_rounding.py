@@ -190,8 +190,9 @@ def _integers(matrix: BlockMatrix) -> Float:
 
 
 def _stored(scales: Tensor) -> Tensor:
-    """The nearest numbers of fp16; gradients pass as if they were the scales themselves."""
-    return scales + (scales.detach().half().float() - scales.detach())
+    """What a `Grid` makes of them; gradients pass as if they were the scales themselves."""
+    largest, plain = torch.finfo(torch.float16).max, scales.detach()
+    return scales + (plain.clamp(-largest, largest).half().float() - plain)
 
 
 class _Snap(torch.autograd.Function):

@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.model import GPT
+from export.nbits import SCALES_SUFFIX
 from export.options import ConvertOptions
 from export.pipeline import convert, verify
 from export.reopen import load_bundle
@@ -174,7 +176,10 @@ def test_a_tied_matrix_is_stored_once_and_every_matrix_is_quantized(
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     rest = 4 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
     size = open_bundle(tmp_path / "bundle").weights_bytes
-    assert matrices < size - rest < matrices * 1.04 + 50_000  # scales in fp16, and the graph itself
+    assert matrices < size - rest < matrices * 1.04 + 50_000  # scales, and the graph itself
+    initializers = ir.load(tmp_path / "bundle" / "model.onnx").graph.initializers
+    scales = [value for name, value in initializers.items() if name.endswith(SCALES_SUFFIX)]
+    assert scales and all(value.dtype == ir.DataType.FLOAT16 for value in scales)
 
 
 def test_a_bundle_whose_files_have_two_names_on_disk_can_be_taught(

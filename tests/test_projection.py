@@ -180,7 +180,7 @@ def test_training_for_rounding_keeps_the_basis_and_other_software_sees_a_plain_m
     # The one matrix that is head and embedding there has what the head has here.
     assert (ours - theirs).norm() / theirs.norm() < 0.2
     out = tmp_path / "bundle"
-    convert(run.path, out, ConvertOptions(allow_loss=True))
+    convert(run.path, out, ConvertOptions(allow_loss=True, hidden_states=True))
     wanted, found = checkpoint.state, load_bundle(out).state
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)

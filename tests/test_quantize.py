@@ -51,6 +51,7 @@ def test_integers_of_a_grid_survive_packing_and_lie_nearest(bits: int, symmetric
     matrix = grid.matrix(grid.integers(WEIGHT), WEIGHT.shape[1])
     found = matrix.dequantize()
     assert found.shape == WEIGHT.shape
+    assert np.array_equal(matrix.scales.astype(np.float16), matrix.scales)  # as they are stored
     again = Grid(grid.format, grid.scales, grid.zeros).integers(found)
     assert np.array_equal(again, grid.integers(WEIGHT))
     bits_a_weight = 8 * matrix.nbytes / WEIGHT.size
