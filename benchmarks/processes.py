@@ -16,6 +16,7 @@ from typing import Any
 from .peers import Peer
 
 _ADAPTERS = f"{__package__}.peers"
+_NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 _VERSIONS = """
 import json, sys
 from importlib.metadata import version
@@ -141,7 +142,10 @@ def build(command: list[str], threads: int, log: Path) -> None:
 def _environment(threads: int) -> dict[str, str]:
     """The same for every peer; nothing may look for a network."""
     fixed = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
-    return os.environ | fixed
+    # pip compiles what it installs. Of a checkout Python does it at the first start, if it may: or
+    # else at every one.
+    found = {name: value for name, value in os.environ.items() if name != _NO_BYTECODE}
+    return found | fixed
 
 
 def _last_line(log: Path) -> str:

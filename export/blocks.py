@@ -10,7 +10,7 @@ At 4 bits and block 64, symmetric, that is 4.25 bits a weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,11 @@ class BlockMatrix:
             return None
         per_byte = 8 // self.format.bits
         return pack(np.pad(self.zeros, ((0, 0), (0, -self.zeros.shape[1] % per_byte))), self.bits)
+
+    def rows(self, order: NDArray[np.int64]) -> BlockMatrix:
+        """Those rows, in that order."""
+        zeros = None if self.zeros is None else self.zeros[order]
+        return replace(self, packed=self.packed[order], scales=self.scales[order], zeros=zeros)
 
     @classmethod
     def stack(cls, parts: Sequence[BlockMatrix]) -> BlockMatrix:

@@ -2,7 +2,8 @@
 
 Two streams of activations run side by side through the blocks: one of the model as it was, one of
 the model as it is rounded so far. What a matrix reads is the second; what it ought to give is what
-it would have made of the first. So later matrices make good what earlier ones have lost.
+it would have made of the first. So later matrices make good what earlier ones have lost. How much
+an error in each of its outputs matters, the unrounded model tells (`fisher`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,16 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .blocks import BlockFormat, BlockMatrix
+from .fisher import OutputCosts
 from .model import GPT, Attend, CausalAttention, head_parameter
 from .parts import parameter_of, parts_of, rows_of
 from .progress import Progress, within
 from .rounding import Moments, corrected_where_known, error_corrected, without_drift
-from .vocabulary import RowCosts, embedding_cost, quick_by_row
+from .vocabulary import RowCosts, quick_by_row
 
 Ids = NDArray[np.int64]
 
 _BATCH_TOKENS = 4096
-_AS_EMBEDDING = 0.5  # of the head's mean; between 0.3 and 1 it lost least on a trained model
 
 
 @torch.no_grad()
@@ -48,14 +50,15 @@ def correct_errors(
     """
     by_row = quick_by_row(model.config) if by_row is None else by_row
     work = _Correction(model.eval(), formats, progress)
+    costs = OutputCosts.measure(model, windows, progress)
     attend, batches = CausalAttention(model.config), _batches(windows)
-    if model.config.tied and by_row:
-        work.store_rows("wte.weight", costs_of_rows(model, windows))
-    elif model.config.tied:
-        as_head = _sum_moments((model.hidden(ids), None) for ids in batches)
-        work.store_all("wte.weight", tied(as_head, _metric_of_rows(model)))
-    else:
+    if not model.config.tied:
         work.store_all("wte.weight", None)
+    elif by_row:
+        work.store_rows("wte.weight", costs_of_rows(model, windows, costs))
+    else:
+        alike = costs_of_rows(model, windows, costs).mean()
+        work.store_all("wte.weight", Moments(alike))
     if model.config.projected and model.config.tied:
         rows = ((work.rounded.wte(ids), model.wte(ids)) for ids in batches)
         work.store_all("project_in.weight", _sum_moments(rows))
@@ -72,7 +75,8 @@ def correct_errors(
         for name in names:
             found = (_input_of(name, block, run, a) for a in x)
             moments = _sum_moments(zip(found, wanted[name], strict=True))
-            work.store_all(f"h.{layer}.{name}.weight", moments)
+            parameter = f"h.{layer}.{name}.weight"
+            work.store_all(parameter, replace(moments, output_costs=costs.products[parameter]))
         x = [run(block, a) for a in x]
     pairs = list(zip(x, reference, strict=True))
     if model.config.projected:
@@ -101,7 +105,7 @@ class _Correction:
         self._formats, self._progress = formats, progress
 
     def store_all(self, parameter: str, moments: Moments | None) -> None:
-        """The rows of a matrix do not know of each other: its parts are rounded one by one."""
+        """The rows of a matrix in parts do not know of each other: they are rounded one by one."""
         for name in parts_of(parameter, self._formats):
             self._progress(len(self.matrices) / len(self._formats), f"rounding {name}")
             rows = self.rounded.get_parameter(parameter)[rows_of(name)]
@@ -147,19 +151,26 @@ def corrected_by_row(
 
 
 @torch.no_grad()
-def costs_of_rows(model: GPT, windows: Ids) -> RowCosts:
+def costs_of_rows(model: GPT, windows: Ids, costs: OutputCosts) -> RowCosts:
     """Of the matrix that makes logits, in the model as it is."""
     contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in _batches(windows)])
-    cost = embedding_cost(model, torch.from_numpy(windows)) if model.config.tied else None
+    if not model.config.tied:
+        return RowCosts.measure(model.lm_head.weight, contexts)
+    cost = costs.embedded
+    if model.config.projected:
+        into_stream = model.project_in.weight
+        cost = into_stream.T @ cost @ into_stream
     return RowCosts.measure(model.lm_head.weight, contexts, cost)
 
 
 @torch.no_grad()
-def moments_of(model: GPT, names: Iterable[str], windows: Ids) -> dict[str, Moments]:
-    """The moments of each product's inputs in the model as it is."""
+def moments_of(
+    model: GPT, names: Iterable[str], windows: Ids, costs: OutputCosts
+) -> dict[str, Moments]:
+    """The moments of each product's inputs in the model as it is, and the costs of its outputs."""
     sums: dict[str, Tensor] = {}
-    head = head_parameter(model.config)
-    modules = {name: name.removesuffix(".weight") for name in names} | {head: "lm_head"}
+    modules = {name: name.removesuffix(".weight") for name in names}
+    modules[head_parameter(model.config)] = "lm_head"
     for ids in _batches(windows):
         seen: dict[str, list[Tensor]] = {
             module: [] for name, module in modules.items() if module not in ("wte", "wpe")
@@ -170,23 +181,8 @@ def moments_of(model: GPT, names: Iterable[str], windows: Ids) -> dict[str, Mome
             for x in seen.get(module, []):
                 flat = x.flatten(0, -2)
                 sums[name] = sums.get(name, torch.zeros(())) + flat.T @ flat
-    found = {name: Moments(hessian) for name, hessian in sums.items()}
-    return found | ({head: tied(found[head], _metric_of_rows(model))} if model.config.tied else {})
-
-
-def tied(head: Moments, metric: Tensor) -> Moments:
-    """For a matrix that is head and embedding. The errors of an embedding count whatever direction
-    they have in the residual stream, where d metric d^T is the square of an error d, and correcting
-    for the head alone lets those grow that the head never sees."""
-    share = _AS_EMBEDDING * head.hessian.diagonal().mean() / metric.diagonal().mean()
-    return Moments(head.hessian + share * metric)
-
-
-def _metric_of_rows(model: GPT) -> Tensor:
-    if not model.config.projected:
-        return torch.eye(model.config.n_embd)
-    into_stream: Tensor = model.project_in.weight
-    return into_stream.T @ into_stream
+    products = costs.products
+    return {name: Moments(h, output_costs=products.get(name)) for name, h in sums.items()}
 
 
 @contextmanager

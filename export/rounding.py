@@ -1,7 +1,8 @@
 """Ways to round one matrix to blocks of integers.
 
 `nearest`, `k_quant` and `hqq` look at the matrix alone. `error_corrected` also knows what the
-matrix will be multiplied with, and makes the rounding of one column good for that of another.
+matrix will be multiplied with, and makes the rounding of one column good in that of another; where
+it knows what errors of the products cost, it does so between rows as well.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ Method = Literal["nearest", "k-quant", "hqq", "gptq", "learned"]
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal: keeps its inverse tame
 _LAZY_COLUMNS = 64  # columns corrected at a time before the rest of the matrix is
 _SWEEPS = 2
+# Rows are rounded in so many groups, of so many at least, and know of those in other groups: one by
+# one they would take as many times as long.
+_GROUPS, _LEAST_ROWS = 16, 64
 
 
 def nearest(weight: Float, fmt: BlockFormat) -> BlockMatrix:
@@ -80,11 +84,13 @@ class Moments:
 
     `hessian` is the sum of x x^T [in, in], with x as the quantized layers before it give it, or
     [out, in, in] where rows have their own; `drift` the sum of (reference x - x) x^T, or None where
-    nothing before it was rounded.
+    nothing before it was rounded. `output_costs` [out, out] is the Fisher matrix of what the
+    product gives (`fisher`); None where an error in one output is as bad as in any other.
     """
 
     hessian: Tensor
     drift: Tensor | None = None
+    output_costs: Tensor | None = None
 
 
 def error_corrected(weight: Float, fmt: BlockFormat, moments: Moments) -> BlockMatrix:
@@ -93,16 +99,34 @@ def error_corrected(weight: Float, fmt: BlockFormat, moments: Moments) -> BlockM
     First the drift of the inputs is undone, then GPTQ (https://arxiv.org/abs/2210.17323): columns
     are rounded from the heaviest to the lightest, each error made good in the columns to come.
     Scales are fitted to the integers by least squares, and sweeps of coordinate descent follow,
-    which can only lower the error.
+    which can only lower the error. With `output_costs` G it is the trace of G E H E^T that is
+    minimized, E the errors and H the Hessian, and rows are rounded from the heaviest to the
+    lightest in the same way: as YAQA does (https://arxiv.org/abs/2505.22988).
     """
     own = moments.hessian.ndim == 3  # so many that fp64 would take twice as long
     hessian, dead = _damped(moments.hessian if own else moments.hessian.double())
     target = torch.where(dead, 0.0, without_drift(torch.from_numpy(weight), moments))
-    grid = least_squares_grid(
-        target.float().numpy(), fmt, _diagonal(hessian).float().clamp(min=0).numpy()
-    )
-    solver = _Rounder(target.float(), hessian.float(), grid)
-    solver.round_in_order(*_feedback(hessian))
+    known = hessian.float(), *_feedback(hessian)
+    if moments.output_costs is None:
+        return _solved(target.float(), fmt, *known)
+    order, feedback = _feedback(_damped(moments.output_costs.double())[0])
+    target, size = target.float()[order], max(_LEAST_ROWS, -(-len(order) // _GROUPS))
+    errors, parts = torch.zeros_like(target), []
+    for first in range(0, len(order), size):
+        group = slice(first, first + size)
+        wanted = target[group] + feedback[:first, group].T @ errors[:first]
+        parts.append(_solved(wanted, fmt, *known))
+        errors[group] = target[group] - torch.from_numpy(parts[-1].dequantize())
+    return BlockMatrix.stack(parts).rows(order.argsort().numpy())
+
+
+def _solved(
+    target: Tensor, fmt: BlockFormat, hessian: Tensor, order: Tensor, feedback: Tensor
+) -> BlockMatrix:
+    """Rows that do not know of each other, to the integers and scales of least error."""
+    importance = _diagonal(hessian).clamp(min=0).numpy()
+    solver = _Rounder(target, hessian, least_squares_grid(target.numpy(), fmt, importance))
+    solver.round_in_order(order, feedback)
     for _ in range(_SWEEPS):
         solver.fit_scales()
         solver.descend()

@@ -24,11 +24,12 @@ from gptrt.format import StoredMatrix
 
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, corrected_by_row, costs_of_rows, moments_of
+from .fisher import OutputCosts
 from .model import GPT, head_parameter
 from .parts import parameter_of, rows_of
 from .progress import Progress, within
 from .quantize import Formats, average_bits, matrix_shapes, part_shapes
-from .rounding import corrected_where_known
+from .rounding import Moments, corrected_where_known
 from .vocabulary import quick_by_row
 
 CANDIDATES = (
@@ -72,7 +73,7 @@ def measure_damage(
     """Every matrix in every candidate format, rounded for `calibration` and judged on `text`,
     both windows [count, length]."""
     shapes = part_shapes(model.config)
-    corrected = _corrector(model, calibration)
+    corrected = _corrector(model, calibration, progress)
     reference = [F.log_softmax(model(ids), dim=-1) for ids in _batches(text)]
     twin, options = copy.deepcopy(model).eval(), {}
     for number, (name, shape) in enumerate(shapes.items()):
@@ -94,18 +95,23 @@ def measure_damage(
 _Corrector = Callable[[str, Sequence[BlockFormat], Progress], list[BlockMatrix]]
 
 
-def _corrector(model: GPT, calibration: Ids) -> _Corrector:
+def _corrector(model: GPT, calibration: Ids, progress: Progress) -> _Corrector:
     """What rounds any matrix of the model alone, or a part of one, to each of some formats, as an
     export would."""
-    moments = moments_of(model, matrix_shapes(model.config), calibration)
-    costs = costs_of_rows(model, calibration) if quick_by_row(model.config) else None
+    outputs = OutputCosts.measure(model, calibration, progress)
+    moments = moments_of(model, matrix_shapes(model.config), calibration, outputs)
+    costs, head = None, head_parameter(model.config)
+    if quick_by_row(model.config):
+        costs = costs_of_rows(model, calibration, outputs)
+    elif model.config.tied:
+        moments[head] = Moments(costs_of_rows(model, calibration, outputs).mean())
 
     def corrected(
         name: str, formats: Sequence[BlockFormat], progress: Progress
     ) -> list[BlockMatrix]:
         parameter = parameter_of(name)
         weight = model.get_parameter(parameter).detach()
-        if costs is not None and parameter == head_parameter(model.config):
+        if costs is not None and parameter == head:
             return corrected_by_row(weight, rows_of(name), formats, costs, progress)
         rows, known = weight[rows_of(name)].numpy(), moments.get(parameter)
         return [corrected_where_known(rows, fmt, known) for fmt in formats]

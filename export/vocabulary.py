@@ -7,9 +7,8 @@ a text by
     1/2 d (sum_t p_tv (1 - p_tv) x_t x_t^T + n_v S) d    nats,
 
 x_t what the head reads at place t, p_tv the probability of v there, n_v how often v is to be
-expected, and S what an error of an embedding costs there on the mean: the Fisher matrix of the
-predictions, block by block (https://arxiv.org/abs/1412.1193). So a rare word is rounded for the few
-contexts in which it could come, not for those that are common.
+expected, and S what an error of an embedding costs there on the mean (`fisher`). So a rare word is
+rounded for the few contexts in which it could come, not for those that are common.
 """
 
 from __future__ import annotations
@@ -22,14 +21,11 @@ from torch import Tensor
 
 from gptrt.architecture import ModelConfig
 
-from .model import GPT
-
 _OWN_CONTEXTS = 512  # of a row, those where its token is likeliest; the others are as all are
 _ANYWHERE = 0.1  # more, of any context: what is unlikely here may be likely in another text
 _LEAST = 1e-6  # of a context: what is likely nowhere is rounded too
 _VALUES = 1 << 25  # of a row's contexts, computed with at a time
 _LOGITS = 1 << 24
-_TOKENS, _AT_A_TIME = 1 << 15, 1 << 10  # for S, which is one for all rows
 _QUICK = 1 << 32  # rows times the square of their width: eight times what takes half a minute
 
 
@@ -41,21 +37,34 @@ def quick_by_row(config: ModelConfig) -> bool:
 @dataclass(frozen=True)
 class RowCosts:
     """`contexts` [tokens, n_embd] is what the head [vocab, n_embd] reads, `log_totals` [tokens] the
-    logarithms of the sums of its exponentials; `embedding_cost` [n_embd, n_embd] the S above, None
-    of a matrix that is no embedding."""
+    logarithms of the sums of its exponentials, and `unsure` [tokens] the sums of p (1 - p) over all
+    tokens; `embedding_cost` [n_embd, n_embd] the S above, None of a matrix that is no embedding."""
 
     head: Tensor
     contexts: Tensor
     log_totals: Tensor
+    unsure: Tensor
     embedding_cost: Tensor | None = None
 
     @classmethod
     def measure(
         cls, head: Tensor, contexts: Tensor, embedding_cost: Tensor | None = None
     ) -> RowCosts:
-        rows = max(1, _LOGITS // len(head))
-        totals = [torch.logsumexp(x @ head.T, -1) for x in torch.split(contexts, rows)]
-        return cls(head, contexts, torch.cat(totals), embedding_cost)
+        totals, unsure = [], []
+        for x in torch.split(contexts, max(1, _LOGITS // len(head))):
+            logits = x @ head.T
+            total = torch.logsumexp(logits, -1)
+            totals.append(total)
+            same_twice = torch.exp(torch.logsumexp(2.0 * logits, -1) - 2.0 * total)
+            unsure.append((1.0 - same_twice).clamp(min=0.0))
+        return cls(head, contexts, torch.cat(totals), torch.cat(unsure), embedding_cost)
+
+    def mean(self) -> Tensor:
+        """The cost matrix [n_embd, n_embd] of all rows alike, times their number."""
+        cost = (self.contexts * self.unsure.unsqueeze(1)).T @ self.contexts
+        if self.embedding_cost is not None:
+            cost += len(self.contexts) * self.embedding_cost
+        return cost
 
     def of(self, first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
         """The cost matrices [rows, n_embd, n_embd] of rows first to last, some rows at a time."""
@@ -78,35 +87,3 @@ class RowCosts:
             if self.embedding_cost is not None:
                 costs += occurrences[:, None, None] * self.embedding_cost
             yield rows, costs
-
-
-def embedding_cost(model: GPT, windows: Tensor) -> Tensor:
-    """The mean Fisher matrix [n_embd, n_embd] of a row of the embedding where its token occurs: of
-    the gradients of the log-likelihood of tokens that the model itself draws, reading `windows` of
-    text [count, length]."""
-    random = torch.Generator().manual_seed(0)
-    head, total, tokens = model.lm_head.weight.detach(), torch.zeros(()), 0
-    length = windows.shape[1]
-    for ids in torch.split(windows[: -(-_TOKENS // length)], max(1, _AT_A_TIME // length)):
-        with torch.enable_grad():
-            x = model.embed(ids).detach().requires_grad_()
-            hidden = model.to_head(model.states(x))
-        drawn = _gradient_of_draws(hidden.detach().flatten(0, 1), head, random)
-        (gradient,) = torch.autograd.grad(hidden, x, drawn.view_as(hidden))
-        flat = gradient.flatten(0, 1)
-        total, tokens = total + flat.T @ flat, tokens + len(flat)
-    cost = total / tokens
-    if model.config.projected:
-        into_stream = model.project_in.weight.detach()
-        cost = into_stream.T @ cost @ into_stream
-    return cost
-
-
-def _gradient_of_draws(x: Tensor, head: Tensor, random: torch.Generator) -> Tensor:
-    """d log p(token) / d x [tokens, n_embd], of a token drawn from softmax(x @ head.T) a place."""
-    found = []
-    for part in torch.split(x, max(1, _LOGITS // len(head))):
-        probs = torch.softmax(part @ head.T, -1)
-        drawn = torch.multinomial(probs, 1, generator=random).squeeze(1)
-        found.append(head[drawn] - probs @ head)
-    return torch.cat(found)

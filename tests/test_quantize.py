@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from export.blocks import BITS, BlockFormat, BlockMatrix, Grid, least_squares_grid
-from export.calibration import correct_errors, tied
+from export.calibration import correct_errors
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.data import open_ids, spread_windows
@@ -87,13 +87,31 @@ def test_error_correction_loses_less_than_plain_rounding_on_inputs_like_those_it
     assert loss(corrected) < 0.6 * loss(nearest(WEIGHT, fmt))
 
 
+def test_errors_are_made_good_in_other_rows_where_it_is_known_what_they_cost() -> None:
+    random = np.random.default_rng(2)
+    weight = random.standard_normal((200, 64)).astype(np.float32)
+
+    def covariance(size: int) -> torch.Tensor:
+        mixed = random.standard_normal((2000, size)) @ random.standard_normal((size, size))
+        return torch.from_numpy((mixed.T @ mixed / 2000).astype(np.float32))
+
+    hessian, costs = covariance(64), covariance(200)
+
+    def loss(moments: Moments) -> float:
+        found = error_corrected(weight, BlockFormat(4, 32), moments).dequantize()
+        errors = torch.from_numpy(found - weight)
+        return float(torch.trace(costs @ errors @ hessian @ errors.T))
+
+    assert loss(Moments(hessian, output_costs=costs)) < 0.8 * loss(Moments(hessian))
+
+
 def test_error_correction_bears_inputs_that_are_always_zero() -> None:
     seen = torch.randn(500, 200)
     seen[:, 10:20] = 0
     hessian = seen.T @ seen
     for moments in (
         Moments(hessian),
-        tied(Moments(hessian), torch.eye(200)),
+        Moments(hessian, output_costs=torch.zeros(24, 24)),
         Moments(hessian, hessian * 0.01),
     ):
         found = error_corrected(WEIGHT, BlockFormat(4, 32), moments).dequantize()

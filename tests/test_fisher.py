@@ -1,0 +1,38 @@
+"""What an error is said to cost is what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export.checkpoint import load_checkpoint
+from export.data import open_ids, spread_windows
+from export.fisher import OutputCosts
+from export.model import GPT
+from export.runs import Run
+
+
+def divergence_with_noise(model: GPT, module: nn.Module, noise: Tensor, ids: Tensor) -> float:
+    """Mean KL in nats of the predictions where `module` gives `noise` [count, length, out] more."""
+    with torch.no_grad():
+        plain = model(ids).log_softmax(-1)
+        handle = module.register_forward_hook(lambda _module, _read, given: given + noise)
+        noisy = model(ids).log_softmax(-1)
+    handle.remove()
+    return float((plain.exp() * (plain - noisy)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn", "h.1.mlp.c_proj", "wte"])
+@pytest.mark.parametrize("at", [-1, -8])  # the direction that matters most, and another
+def test_an_error_in_an_output_costs_what_was_said(run: Run, name: str, at: int) -> None:
+    model = load_checkpoint(run.path).model().eval()
+    windows = spread_windows(open_ids(run.train_ids), 32, 8192)
+    found = OutputCosts.measure(model, windows)
+    costs = found.embedded if name == "wte" else found.products[f"{name}.weight"]
+    spread, directions = torch.linalg.eigh(costs)
+    random = torch.Generator().manual_seed(0)
+    sizes = 0.1 * spread[at] ** -0.5 * torch.randn(*windows.shape, 1, generator=random)
+    noise = sizes * directions[:, at]
+    cost = divergence_with_noise(model, model.get_submodule(name), noise, torch.from_numpy(windows))
+    assert cost == pytest.approx(0.5 * 0.1**2, rel=0.15)
