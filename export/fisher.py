@@ -66,13 +66,15 @@ _EMBEDDED = ""  # among the sums: no parameter has this name
 
 
 def _pieces(model: GPT, windows: NDArray[np.int64]) -> Iterator[Tensor]:
-    """Ids [count, length], as many at a time as there is memory for the way back."""
+    """Ids [count, length] from all over the text, as many at a time as there is memory for the way
+    back."""
     config = model.config
     length = min(_LENGTH, windows.shape[1])
     pieces = torch.from_numpy(windows[:, : windows.shape[1] // length * length]).reshape(-1, length)
     values = config.n_layer * (8 * config.n_embd + 4 * config.n_inner)  # a token, about
     count = min(_AT_A_TIME, _KEPT // values) // length
-    yield from torch.split(pieces[: -(-_TOKENS // length)], max(1, count))
+    wanted = -(-_TOKENS // length)
+    yield from torch.split(pieces[:: max(1, len(pieces) // wanted)][:wanted], max(1, count))
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from .blocks import BlockFormat, BlockMatrix, Float, Grid, least_squares_grid, t
 Method = Literal["nearest", "k-quant", "hqq", "gptq", "learned"]
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal: keeps its inverse tame
+_OUTPUT_DAMPING = 0.05  # the same of output costs, which gradients of less text tell, less surely
 _LAZY_COLUMNS = 64  # columns corrected at a time before the rest of the matrix is
 _SWEEPS = 2
 # Rows are rounded in so many groups, of so many at least, and know of those in other groups: one by
 # one they would take as many times as long.
-_GROUPS, _LEAST_ROWS = 16, 64
+_GROUPS, _LEAST_ROWS = 8, 64
 
 
 def nearest(weight: Float, fmt: BlockFormat) -> BlockMatrix:
@@ -100,17 +101,19 @@ def error_corrected(weight: Float, fmt: BlockFormat, moments: Moments) -> BlockM
     are rounded from the heaviest to the lightest, each error made good in the columns to come.
     Scales are fitted to the integers by least squares, and sweeps of coordinate descent follow,
     which can only lower the error. With `output_costs` G it is the trace of G E H E^T that is
-    minimized, E the errors and H the Hessian, and rows are rounded from the heaviest to the
-    lightest in the same way: as YAQA does (https://arxiv.org/abs/2505.22988).
+    minimized, E the errors and H the Hessian, and errors of rows are made good in the rows to come
+    in the same way: as YAQA does (https://arxiv.org/abs/2505.22988).
     """
     own = moments.hessian.ndim == 3  # so many that fp64 would take twice as long
     hessian, dead = _damped(moments.hessian if own else moments.hessian.double())
     target = torch.where(dead, 0.0, without_drift(torch.from_numpy(weight), moments))
-    known = hessian.float(), *_feedback(hessian)
+    heaviest_first = _by_weight(hessian)
+    known = hessian.float(), heaviest_first, _feedback(hessian, heaviest_first)
     if moments.output_costs is None:
         return _solved(target.float(), fmt, *known)
-    order, feedback = _feedback(_damped(moments.output_costs.double())[0])
-    target, size = target.float()[order], max(_LEAST_ROWS, -(-len(order) // _GROUPS))
+    costs, _ = _damped(moments.output_costs.double(), _OUTPUT_DAMPING)
+    order, size = _spread(_by_weight(costs))
+    feedback, target = _feedback(costs, order), target.float()[order]
     errors, parts = torch.zeros_like(target), []
     for first in range(0, len(order), size):
         group = slice(first, first + size)
@@ -150,29 +153,41 @@ def corrected_where_known(weight: Float, fmt: BlockFormat, moments: Moments | No
     return nearest(weight, fmt) if moments is None else error_corrected(weight, fmt, moments)
 
 
-def _damped(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def _damped(hessian: Tensor, share: float = _DAMPING) -> tuple[Tensor, Tensor]:
     """The Hessian made invertible, and which inputs are always zero."""
     diagonal = _diagonal(hessian)
     dead = diagonal == 0
-    damp = _DAMPING * diagonal.mean(-1, keepdim=True) + torch.where(dead, 1.0, 0.0)
+    damp = share * diagonal.mean(-1, keepdim=True) + torch.where(dead, 1.0, 0.0)
     damped = hessian.clone()
     _diagonal(damped).add_(damp)
     return damped, dead
 
 
-def _feedback(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The order of columns, heaviest first, and in it the unit upper U of hessian = U D U^T: what
-    the error of each column asks of those behind it. GPTQ as QuIP writes it, without an inverse
-    (https://arxiv.org/abs/2307.13304)."""
+def _by_weight(hessian: Tensor) -> Tensor:
+    """The order of columns, heaviest first."""
     heavy = _diagonal(hessian).reshape(-1, hessian.shape[-1]).mean(0)
-    order = heavy.argsort(descending=True, stable=True)
+    return heavy.argsort(descending=True, stable=True)
+
+
+def _spread(order: Tensor) -> tuple[Tensor, int]:
+    """An order of rows in groups, each with some of the heaviest and some of the lightest, and the
+    size of a group: those that are alike, and make good the most for each other, are apart."""
+    count = min(_GROUPS, -(-len(order) // _LEAST_ROWS))
+    return torch.cat([order[first::count] for first in range(count)]), -(-len(order) // count)
+
+
+def _feedback(hessian: Tensor, order: Tensor) -> Tensor:
+    """The unit upper U of hessian = U D U^T, its columns in `order`: what the error of each asks of
+    those behind it. GPTQ as QuIP writes it, without an inverse (https://arxiv.org/abs/2307.13304).
+    """
     backwards = order.flip(0)
     turned = hessian[..., backwards[:, None], backwards]
     lower, fault = torch.linalg.cholesky_ex(turned)
     if fault.any():  # more than fp32 can tell apart
         lower = torch.linalg.cholesky(turned.double())
     upper = lower.flip(-1, -2)
-    return order, upper.div_(_diagonal(upper).unsqueeze(-2).clone()).float()
+    unit: Tensor = upper.div_(_diagonal(upper).unsqueeze(-2).clone()).float()
+    return unit
 
 
 def _diagonal(matrices: Tensor) -> Tensor:
