@@ -76,7 +76,7 @@ def correct_errors(
             found = (_input_of(name, block, run, a) for a in x)
             moments = _sum_moments(zip(found, wanted[name], strict=True))
             parameter = f"h.{layer}.{name}.weight"
-            work.store_all(parameter, replace(moments, output_costs=costs.products[parameter]))
+            work.store_all(parameter, replace(moments, output_costs=costs.products.get(parameter)))
         x = [run(block, a) for a in x]
     pairs = list(zip(x, reference, strict=True))
     if model.config.projected:
@@ -154,10 +154,8 @@ def corrected_by_row(
 def costs_of_rows(model: GPT, windows: Ids, costs: OutputCosts) -> RowCosts:
     """Of the matrix that makes logits, in the model as it is."""
     contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in _batches(windows)])
-    if not model.config.tied:
-        return RowCosts.measure(model.lm_head.weight, contexts)
     cost = costs.embedded
-    if model.config.projected:
+    if cost is not None and model.config.projected:
         into_stream = model.project_in.weight
         cost = into_stream.T @ cost @ into_stream
     return RowCosts.measure(model.lm_head.weight, contexts, cost)

@@ -29,15 +29,18 @@ _TOKENS = 1 << 15
 _LENGTH = 256  # of a text in one piece: what is kept for the way back grows with it
 _AT_A_TIME = 1 << 10  # tokens, of a small model
 _KEPT = 1 << 28  # values for the way back, of a large one
+_MOST_VALUES = 1 << 29  # of all matrices of products: 2 GB
 _LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
 class OutputCosts:
-    """The mean Fisher matrices: `embedded` [n_embd, n_embd] of what the first block reads,
-    `products` [out, out] of what each matrix between it and the head gives, by its name."""
+    """The mean Fisher matrices: `embedded` [n_embd, n_embd] of what the first block reads, None
+    where no head is made of the embedding too, and `products` [out, out] of what each matrix
+    between it and the head gives, by its name. A model for which these would be too large a part of
+    the memory, from some 300 million parameters, has none."""
 
-    embedded: Tensor
+    embedded: Tensor | None
     products: dict[str, Tensor]
 
     @classmethod
@@ -46,9 +49,12 @@ class OutputCosts:
         cls, model: GPT, windows: NDArray[np.int64], progress: Progress = silent
     ) -> OutputCosts:
         """Of a model that reads `windows` of text [count, length]."""
+        products = _products(model)
+        if not products and not model.config.tied:
+            return cls(None, {})
         random = torch.Generator().manual_seed(0)
         head, sums, tokens = model.lm_head.weight.detach(), dict[str, Tensor](), 0
-        with _watching_gradients(model, sums):
+        with _watching_gradients(products, sums):
             for ids in _pieces(model, windows):
                 progress(0.0, f"measuring what errors cost: {tokens:,} tokens")
                 with torch.enable_grad():
@@ -56,10 +62,11 @@ class OutputCosts:
                     hidden = model.to_head(model.states(x))
                 drawn = _gradient_of_draws(hidden.detach().flatten(0, 1), head, random)
                 (gradient,) = torch.autograd.grad(hidden, x, drawn.view_as(hidden))
-                _add(sums, _EMBEDDED, gradient)
+                if model.config.tied:
+                    _add(sums, _EMBEDDED, gradient)
                 tokens += ids.numel()
         means = {name: total / tokens for name, total in sums.items()}
-        return cls(means.pop(_EMBEDDED), means)
+        return cls(means.pop(_EMBEDDED, None), means)
 
 
 _EMBEDDED = ""  # among the sums: no parameter has this name
@@ -73,17 +80,28 @@ def _pieces(model: GPT, windows: NDArray[np.int64]) -> Iterator[Tensor]:
     pieces = torch.from_numpy(windows[:, : windows.shape[1] // length * length]).reshape(-1, length)
     values = config.n_layer * (8 * config.n_embd + 4 * config.n_inner)  # a token, about
     count = min(_AT_A_TIME, _KEPT // values) // length
-    wanted = -(-_TOKENS // length)
-    yield from torch.split(pieces[:: max(1, len(pieces) // wanted)][:wanted], max(1, count))
+    wanted = min(len(pieces), -(-_TOKENS // length))
+    spread = torch.arange(wanted) * len(pieces) // wanted
+    yield from torch.split(pieces[spread], max(1, count))
+
+
+def _products(model: GPT) -> dict[str, nn.Linear]:
+    """The products of the blocks, by the names of their matrices; none where that is too much."""
+    found = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("h.")
+    }
+    values = sum(module.out_features**2 for module in found.values())
+    return found if values <= _MOST_VALUES else {}
 
 
 @contextmanager
-def _watching_gradients(model: GPT, sums: dict[str, Tensor]) -> Iterator[None]:
-    """On the way back, g g^T of what each product of the blocks gives is added to `sums`."""
+def _watching_gradients(products: dict[str, nn.Linear], sums: dict[str, Tensor]) -> Iterator[None]:
+    """On the way back, g g^T of what each product gives is added to `sums`."""
     handles = [
-        module.register_full_backward_hook(partial(_add_gradient, sums, f"{name}.weight"))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("h.")
+        module.register_full_backward_hook(partial(_add_gradient, sums, name))
+        for name, module in products.items()
     ]
     try:
         yield
