@@ -40,7 +40,7 @@ from .model import GPT
 from .optimizer import OptimizerConfig
 from .reopen import load_checkpoint_or_bundle
 from .runs import DATA_FOLDER, Run, RunPlan, TrainConfig
-from .start import choose_device, with_settings
+from .start import check_compiler, choose_device, with_settings
 from .tokenization import TokenizerConfig
 from .torch_decoder import TorchDecoder, open_checkpoint_generator, tokenizer_of
 from .train import Metric
@@ -115,8 +115,11 @@ def plan_finetuning(
     if "max_steps" not in (settings or {}):
         rows = count_rows(examples, start.tokenizer, config.seq_len)
         config = replace(config, max_steps=max(1, round(epochs * rows / rows_per_step(config))))
+    on = choose_device(device)
+    if config.compile:
+        check_compiler(on)
     return RunPlan(
-        *(config, start, TokenizerConfig("bpe"), [], [], choose_device(device)),
+        *(config, start, TokenizerConfig("bpe"), [], [], on),
         examples=examples,
         lora=lora,
     )

@@ -90,6 +90,7 @@ class TrainConfig:
     eval_tokens: int = bounded(1, 1 << 40, default=1 << 18)
     patience: int | None = bounded(1, 1 << 20, default=None)  # evaluations without a gain
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False  # by torch.compile: for a card, and where there is a C++ compiler
     seed: int = bounded(0, 1 << 62, default=0)
     distill: float = bounded(0.0, 1e3, default=0.0)  # weight of KL(start || model) in the loss
     average: float = bounded(0.0, 0.999999, default=0.0)  # kept of the mean of weights; 0: no mean

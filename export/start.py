@@ -61,13 +61,20 @@ def plan_run(
         raise OptionError(
             "--from, the model to learn from", found="distill without it", do="leave distill out"
         )
+    if train.compile and recipe is not None:
+        raise OptionError(
+            "--quantize without compile=true", found="both", do="leave one of them out"
+        )
+    on = choose_device(device)
+    if train.compile:
+        check_compiler(on)
     return RunPlan(
         train=train,
         start=start or model,
         tokenizer=_tokenizer(tokenizer, chosen),
         texts=find_texts(texts),
         held_out=find_texts(held_out) if held_out else [],
-        device=choose_device(device),
+        device=on,
         recipe=recipe,
     )
 
@@ -151,3 +158,15 @@ def choose_device(device: str) -> Literal["cpu", "cuda"]:
             do="use --device cpu, or install PyTorch's CUDA build",
         )
     return "cuda" if device != "cpu" and available else "cpu"
+
+
+def check_compiler(device: str) -> None:
+    """Raises OptionError where torch.compile lacks what it compiles with."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except RuntimeError as e:
+        raise OptionError(
+            "torch.compile, which needs a C++ compiler, and Triton on a card, for compile=true",
+            found=str(e).partition("\n")[0],
+            do="install it or leave compile out",
+        ) from e

@@ -162,6 +162,10 @@ class Trainer:
         self.rounding = last.rounding.to(self.device) if last.rounding else None
         self.model, self.learning = _learner(run, last, self.rounding)
         self.teacher = _teacher(run).to(self.device) if self.config.distill else None
+        if self.config.compile:
+            varied = run.config.task is not None  # rows of examples are as long as these
+            hidden = torch.compile(self.model.hidden, dynamic=varied)
+            self.model.hidden = hidden  # type: ignore[method-assign]
         self.optimizer = Optimizer(self.learning, self.config.optimizer)
         self.optimizer.load({name: t.to(self.device) for name, t in moments.items()})
         self.average = Average(self.learning, self.config.average) if self.config.average else None

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +42,6 @@ def losses(run: Run) -> list[dict[str, float]]:
 def test_a_run_interrupted_and_resumed_gives_the_same_losses_bit_for_bit(
     text_file: Path, tmp_path: Path, optimizer: str, average: float
 ) -> None:
-    from dataclasses import replace
-
     plan = make_plan(text_file, grad_accum=2, average=average)
     kind = replace(plan.train.optimizer, kind=optimizer)
     plan = replace(plan, train=replace(plan.train, optimizer=kind))
@@ -108,6 +108,37 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
         train(Poisoned(run.path, run.config), QUIET)
     assert run_pointer(run.path) == before
     assert all(t.isfinite().all() for t in load_checkpoint(run.path).state.values())
+
+
+def test_a_compiled_model_learns_the_same(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced as for a compiler, which need not be there: PyTorch's own kernels run what was traced.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plan = make_plan(text_file, dropout=0.0, max_steps=6)
+    found = []
+    for compiled in (False, True):
+        made = replace(plan, train=replace(plan.train, compile=compiled))
+        trained = create_run(tmp_path / str(compiled), made)
+        train(trained, QUIET)
+        found.append([line["loss"] for line in losses(trained) if "loss" in line])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, about itself
+def test_what_cannot_be_compiled_is_refused(
+    run: Run, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    asked = ("train", "--data", text_file, "--set", "compile=true", "--out", out)
+    none = run_cli(gptrt_export, *asked, "--preset", "nano-char")
+    assert_refused(none, "compiler", "compile=true")
+    rounding = run_cli(gptrt_export, *asked, "--from", run.path, "--quantize", "int4")
+    assert_refused(rounding, "compile=true", "--quantize")
+    assert not out.exists()
 
 
 def test_validation_that_no_longer_gains_ends_the_run(text_file: Path, tmp_path: Path) -> None:
