@@ -4,10 +4,10 @@ A `Row` is what was read; a `Continuation` is what is being written. Prompts are
 passes of many ids; after that all rows take their steps together, one id each.
 
 What a pass of many ids computes does not depend on where it begins, and what a step computes does
-not depend on the rows beside it (in blocks of 128, and of 64 at 4 bits, to the last bit). But the
-two differ in the last bit, and quantized products make
-more of it. So of what was read earlier only what passes have read stands in for a prompt: then a
-call gives what it would give alone, whatever was called before.
+not depend on the rows beside it, but for the last bits of some blocks on some processors. But the
+two differ in the last bit, and quantized products make more of it. So of what was read earlier only
+what passes have read stands in for a prompt: then a call gives what it would give alone, whatever
+was called before.
 """
 
 from __future__ import annotations
