@@ -163,7 +163,7 @@ class Trainer:
         self.model, self.learning = _learner(run, last, self.rounding)
         self.teacher = _teacher(run).to(self.device) if self.config.distill else None
         if self.config.compile:
-            varied = run.config.task is not None  # rows of examples are as long as these
+            varied = run.config.task is not None  # a batch of examples is as wide as its widest row
             hidden = torch.compile(self.model.hidden, dynamic=varied)
             self.model.hidden = hidden  # type: ignore[method-assign]
         self.optimizer = Optimizer(self.learning, self.config.optimizer)

@@ -114,7 +114,9 @@ def test_a_compiled_model_learns_the_same(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Traced as for a compiler, which need not be there: PyTorch's own kernels run what was traced.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    asked = []
+    traced = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(f) or traced(f, **how))
     plan = make_plan(text_file, dropout=0.0, max_steps=6)
     found = []
     for compiled in (False, True):
@@ -123,6 +125,7 @@ def test_a_compiled_model_learns_the_same(
         train(trained, QUIET)
         found.append([line["loss"] for line in losses(trained) if "loss" in line])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert [f.__name__ for f in asked] == ["hidden"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, about itself
@@ -142,8 +145,6 @@ def test_what_cannot_be_compiled_is_refused(
 
 
 def test_validation_that_no_longer_gains_ends_the_run(text_file: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     plan = make_plan(text_file, eval_every=1, patience=2, max_steps=50, warmup_steps=0)
     frozen = replace(plan.train.optimizer, lr=0.0, matrix_lr=0.0)
     run = create_run(tmp_path / "run", replace(plan, train=replace(plan.train, optimizer=frozen)))
