@@ -285,16 +285,20 @@ def _written(
     """A batch as it stands in the output; at its beginning with the names of the columns."""
     whole = [row.columns | new for row, new in zip(rows, added, strict=True)]
     if plan.job.output.suffix.lower() == ".jsonl":
-        lines = (json.dumps(values, ensure_ascii=False) for values in whole)
-        return "".join(f"{line}\n" for line in lines).encode()
+        lines = [json.dumps(values, ensure_ascii=False, allow_nan=False) for values in whole]
+    else:
+        names = [*plan.columns, *_added(plan.job, plan.task)]
+        rows_of_cells = [[_cell(row.get(name, "")) for name in names] for row in whole]
+        lines = list(map(_csv_line, [names] * first + rows_of_cells))
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    """Without its end. It is the writer's own end that makes it quote a lone CR, until Python 3.13
+    does so anyway; unquoted, no reader could take it."""
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, [*plan.columns, *_added(plan.job, plan.task)], restval="", lineterminator="\n"
-    )
-    if first:
-        writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in whole)
-    return text.getvalue().encode()
+    csv.writer(text, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n")
 
 
 def _cell(value: Any) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,7 +220,7 @@ def _objects(lines: _Lines, fields: Mapping[str, str]) -> Iterator[tuple[int, di
         if lines.bad == lines.number or not line.strip():
             continue
         try:
-            value = json.loads(line, parse_constant=_no_constant)
+            value = json.loads(line, parse_constant=_no_number, parse_float=_finite)
             if "\\u" in line:  # half of a surrogate pair is no text
                 json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as e:
@@ -231,8 +232,13 @@ def _objects(lines: _Lines, fields: Mapping[str, str]) -> Iterator[tuple[int, di
             lines.faults.add(lines.number, "no JSON object")
 
 
-def _no_constant(name: str) -> Any:
+def _no_number(name: str) -> Any:
     raise ValueError(f"{name}")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _no_number(digits)
 
 
 def _tabbed(lines: _Lines, fields: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -68,6 +68,8 @@ class Target:
         TargetError for what is taken or was begun otherwise."""
         partial, state_file = beside(output)
         taken = output.exists()
+        if output.is_dir():
+            raise TargetError(f"a file at {output}", found="a folder", do="choose another output")
         if force or not state_file.exists():
             if not force and (taken or partial.exists()):
                 raise TargetError(
@@ -101,7 +103,7 @@ class Target:
     def writing(self) -> Iterator[IO[bytes]]:
         """What is done so far, open at its end. Raises TargetError, also if another run has it."""
         partial, state_file = beside(self.output)
-        try:
+        with _told(partial):
             if not self.begun:
                 _remove(partial)  # before what says how much of it counts
                 _write_state(state_file, self.state)
@@ -111,12 +113,6 @@ class Target:
                 self._check_unchanged(stream)
                 stream.truncate(self.state.bytes)  # what follows is a batch that is not whole
                 yield stream
-        except OSError as e:
-            raise TargetError(
-                f"to write {e.filename or partial}",
-                found=e.strerror or str(e),
-                do="see to it and repeat the command: it goes on where it ended",
-            ) from e
 
     def _check_unchanged(self, stream: IO[bytes]) -> None:
         """Between reading the state and locking the file another run may have gone on with it."""
@@ -138,12 +134,27 @@ class Target:
         self.state = done
 
     def finish(self) -> None:
+        """Raises TargetError."""
         partial, state_file = beside(self.output)
-        if not self.finished:
-            partial.replace(self.output)
-            _sync_folder(self.output.parent)
-        self.finished = True
-        state_file.unlink(missing_ok=True)
+        with _told(self.output):
+            if not self.finished:
+                partial.replace(self.output)
+                _sync_folder(self.output.parent)
+            self.finished = True
+            state_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system refuses, as a TargetError."""
+    try:
+        yield
+    except OSError as e:
+        raise TargetError(
+            f"to write {e.filename or path}",
+            found=e.strerror or str(e),
+            do="see to it and repeat the command: it goes on where it ended",
+        ) from e
 
 
 def beside(output: Path) -> tuple[Path, Path]:

@@ -25,6 +25,7 @@ from gptrt.errors import DataError, OptionError, TargetError
 from gptrt.format import MANIFEST_FILE
 from gptrt.generator import Generator, embedded_bundle
 from gptrt.run import Job, Report, carry_out, made_of, plan_for
+from gptrt.tables import read_rows
 from gptrt.target import Target
 from gptrt.task import Task
 from gptrt.testing import FakeDecoder, byte_tokenizer
@@ -191,6 +192,16 @@ def test_columns_that_differ_from_row_to_row_all_have_a_place(tmp_path: Path) ->
     assert second["document"] == "b,\n"
 
 
+def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
+    """Also a carriage return in a cell, which the writer of CSV leaves unquoted by itself."""
+    row = {"document": "a", "note": 'b\r"c", \n d\r'}
+    job = Job(written(tmp_path / "in.jsonl", [row]), tmp_path / "out.csv")
+    done(job)
+    (again,) = read_rows(job.output)
+    assert again.columns.items() >= row.items()
+    assert b"\r\n" not in job.output.read_bytes()
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -242,6 +253,15 @@ def test_what_cannot_be_done_is_refused(
     with pytest.raises((OptionError, DataError, TargetError), match=words.replace(".", r"\.")):
         plan_for(job, REVIEWS)
     assert names(tmp_path) == {"in.csv"}
+
+
+def test_a_folder_is_no_output(tmp_path: Path) -> None:
+    job = summaries(tmp_path)
+    job.output.mkdir()
+    for force in (False, True):
+        with pytest.raises(TargetError):
+            done(job, force=force)
+    assert names(tmp_path) == {"in.jsonl", "out.jsonl"}
 
 
 def test_columns_that_would_be_overwritten_are_refused(tmp_path: Path) -> None:

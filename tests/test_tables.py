@@ -87,9 +87,10 @@ def test_every_fault_is_told_with_its_line_and_the_rest_is_read(tmp_path: Path) 
     )
     deep = '{"a": ' + "[" * 100_000
     lines = ('{"a": 1}', "[1]", '{"a": NaN}', '{"a"', '{"a": "\\ud800"}', '{"b": 2}', deep)
+    lines += ('{"a": -1e999}',)
     rows, found = faults_of(written(tmp_path, "a.jsonl", "\n".join(lines)), {"a": "a"})
     assert [row.line for row in rows] == [1]
-    assert [part.partition(":")[0] for part in found.split("; ")] == list("234567")
+    assert [part.partition(":")[0] for part in found.split("; ")] == list("2345678")
     assert "6: no 'a' in b" in found
     _, found = faults_of(written(tmp_path, "a.tsv", "a\tb\n1\t2\t3\n"))
     assert found == "2: 3 cells, wanted 2"
