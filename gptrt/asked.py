@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptrt.config import GenerationConfig
-from gptrt.errors import OptionError
+from gptrt.errors import OptionError, PromptError
+from gptrt.interrupt import Cancellation
 
 Configs = GenerationConfig | Sequence[GenerationConfig]
 
@@ -17,11 +18,35 @@ _CONTROLS = ("cancellation", "progress")  # of a call, not of what is generated
 def config_of(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
     """That of one prompt. Raises OptionError."""
     given = {name: value for name, value in options.items() if name not in _CONTROLS}
+    if not isinstance(config, GenerationConfig | None):
+        raise OptionError(
+            "config= a GenerationConfig, or one for each prompt",
+            found=repr(config)[:60],
+            do="make it with GenerationConfig(...)",
+        )
     if config is None:
         return GenerationConfig.from_options(**given)
     if given:
         raise OptionError("config= or options", found="both", do="put all into the config")
     return config
+
+
+def check_controls(cancellation: Any, progress: Any) -> None:
+    """Raises OptionError for what cannot control a call."""
+    if not isinstance(cancellation, Cancellation | None):
+        raise OptionError(
+            "cancellation= a Cancellation", found=repr(cancellation)[:60], do="make one"
+        )
+    if progress is not None and not callable(progress):
+        raise OptionError("progress= a function", found=repr(progress)[:60], do="give one")
+
+
+def check_several(what: str, values: Any) -> None:
+    """Raises PromptError for a text where several were asked for: its characters are not meant."""
+    if isinstance(values, str | bytes):
+        raise PromptError(
+            f"a list of {what}", found=repr(values)[:60], do="put the text into a list"
+        )
 
 
 def for_one(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig | None:
@@ -63,7 +88,7 @@ def for_each(
     config: Configs | None, options: dict[str, Any], count: int
 ) -> Sequence[GenerationConfig]:
     """One for each prompt."""
-    if config is None or isinstance(config, GenerationConfig):
+    if not isinstance(config, Sequence):
         return [config_of(config, options)] * count
     configs = [config_of(each, options) for each in config]
     if len(configs) != count:

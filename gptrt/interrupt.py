@@ -78,7 +78,7 @@ class Interrupt(Cancellation):
         if self._source is not None:
             self._source.link(self.stop)
         if self._end is not None:
-            left = max(0.0, self._end - time.monotonic())
+            left = min(max(0.0, self._end - time.monotonic()), threading.TIMEOUT_MAX)
             self._timer = threading.Timer(left, self.stop, ("time",))
             self._timer.daemon = True
             self._timer.start()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from gptrt.architecture import MAX_COUNT
-from gptrt.asked import config_of, refuse_many
+from gptrt.asked import check_controls, config_of, refuse_many
 from gptrt.calls import check_prompt
 from gptrt.config import GenerationConfig
 from gptrt.decoding import Progress, Slab
@@ -77,6 +77,7 @@ class Session:
     def __init__(
         self, generator: Generator, *, context_overflow: Literal["stop", "slide"] = "stop"
     ) -> None:
+        GenerationConfig(context_overflow=context_overflow)  # refuses what is no policy
         self._policy = {"context_overflow": context_overflow}
         self._generator = generator
         self._ids: list[int] = []
@@ -106,7 +107,8 @@ class Session:
         """Go on with a text, or with ids. It is read at once, so that `generate` begins soon; what
         was cancelled on the way is read then.
 
-        Raises PromptError where the context has no room for it.
+        Raises PromptError where the context has no room for it. After any error the session is as
+        it was.
         """
         with self._alone():
             new = self._encoded(text)
@@ -118,9 +120,15 @@ class Session:
                     found=f"{len(new)}",
                     do="rewind it, append less, or make it with context_overflow='slide'",
                 )
+            check_controls(cancellation, progress)
+            before = len(self._ids)
             self._ids += new
-            if fits:
-                self._read(cancellation, progress)
+            try:
+                if fits:
+                    self._read(cancellation, progress)
+            except BaseException:
+                del self._ids[before:]
+                raise
 
     def generate(self, *, config: GenerationConfig | None = None, **options: Any) -> str:
         """What the model continues the text with; it becomes part of it. Options as those of
@@ -257,15 +265,14 @@ class Session:
 
     def _grown(self, capacity: int) -> Slab:
         """The slab, with so much room at least."""
-        shelf, old = self._generator.calls.shelf, self._slab
-        if old is not None and old.capacity >= min(capacity, self._context):
-            return old
-        # Twice as much, so that a text that grows in many parts is not copied for each.
-        double = 2 * old.capacity if old is not None else 0
-        self._slab = shelf.lend(min(self._context, max(capacity, double)))
-        if old is not None:
-            self._slab.rows[0].become(old.rows[0], len(old.rows[0].ids))
-            shelf.drop(old)
+        shelf, capacity = self._generator.calls.shelf, min(capacity, self._context)
+        if self._slab is None:
+            self._slab = shelf.lend(capacity)
+        elif self._slab.capacity < capacity:
+            old, self._slab = self._slab, None
+            # Twice as much, so that a text that grows in many parts is not copied for each.
+            double = min(self._context, max(capacity, 2 * old.capacity))
+            self._slab = shelf.moved(old, len(old.rows[0].ids), double, capacity)
         return self._slab
 
     @property
@@ -302,7 +309,7 @@ def _fingerprint(generator: Generator) -> str:
 
 def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
     """Beside the target first, so that an interruption leaves what was there."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    draft = path.parent / f"{path.name}.{os.getpid()}.part"
     try:
         digest = hashlib.sha256()
         with draft.open("wb") as stream:
@@ -312,7 +319,8 @@ def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
             stream.write(digest.digest())
         draft.replace(path)
     except OSError as e:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written there is nothing to remove
+            draft.unlink(missing_ok=True)
         raise TargetError(f"to write {path}", found=e.strerror or str(e), do="check it") from e
     except BaseException:
         draft.unlink(missing_ok=True)

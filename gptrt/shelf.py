@@ -52,16 +52,21 @@ class Shelf:
                 self._lent.add(best)
         if best is None or not common:
             return self.lend(capacity)
-        if best.capacity >= capacity:
-            return best
+        return best if best.capacity >= capacity else self.moved(best, common, capacity)
+
+    def moved(self, slab: Slab, length: int, *capacities: int) -> Slab:
+        """A slab of one row with what another has read of its first `length` ids, in the first of
+        these capacities that there is room for; the other is let go of. An empty one, of the last
+        capacity, where there is no room for both. Raises MemoryLimitError."""
         try:
-            with suppress(MemoryLimitError):
-                larger = self.lend(capacity)
-                larger.rows[0].become(best.rows[0], common)
-                return larger
+            for capacity in capacities:
+                with suppress(MemoryLimitError):
+                    larger = self.lend(capacity)
+                    larger.rows[0].become(slab.rows[0], length)
+                    return larger
         finally:
-            self.drop(best)
-        return self.lend(capacity)  # there was no room for both
+            self.drop(slab)
+        return self.lend(capacities[-1])
 
     def take_back(self, slab: Slab) -> None:
         """The call is over. One row is kept for the next call, a batch is not."""

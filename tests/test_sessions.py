@@ -13,7 +13,14 @@ import pytest
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run
-from gptrt.errors import GptrtError, PromptError, SessionError, TargetError
+from gptrt.errors import (
+    GptrtError,
+    MemoryLimitError,
+    OptionError,
+    PromptError,
+    SessionError,
+    TargetError,
+)
 from gptrt.generator import Generator
 from gptrt.interrupt import Cancellation
 from gptrt.session import Session
@@ -115,6 +122,49 @@ def test_a_cancelled_append_is_read_later() -> None:
     assert session.complete(max_new_tokens=3) == wanted
 
 
+def test_an_append_that_fails_leaves_the_session_as_it_was() -> None:
+    def disturbed(done: int, of: int) -> None:
+        raise ZeroDivisionError(done, of)
+
+    session = Session(limited(1024))
+    session.append("abc")
+    with pytest.raises(ZeroDivisionError):
+        session.append("def", progress=disturbed)
+    assert session.text == "abc"
+    small = Session(limited(128))
+    small.append("x" * 50)
+    with pytest.raises(MemoryLimitError):
+        small.append("y" * 200)
+    assert small.text == "x" * 50
+    small.append("z")
+    assert small.complete(max_new_tokens=2).ids == continued("x" * 50 + "z", 2)
+
+
+def limited(positions: int) -> Generator:
+    """A generator whose caches have no more than so many positions together."""
+    decoder = FakeDecoder(noise, context=1024)
+    limit = decoder.cache_bytes(positions)
+    return Generator.from_parts(decoder, byte_tokenizer(), cache_limit=limit)
+
+
+def continued(prompt: str, count: int) -> tuple[int, ...]:
+    return limited(1024).complete(prompt, max_new_tokens=count).ids
+
+
+@pytest.mark.parametrize("positions", [512 + 640, 640])
+def test_a_session_grows_as_far_as_memory_allows(positions: int) -> None:
+    """Not only where there is room for twice as much, or for what it had beside what it needs."""
+    session = Session(limited(positions))
+    session.append("x" * 500)
+    session.append("y" * 100)
+    assert session.complete(max_new_tokens=3).ids == continued("x" * 500 + "y" * 100, 3)
+
+
+def test_a_policy_that_there_is_not_is_refused() -> None:
+    with pytest.raises(OptionError, match="context_overflow"):
+        Session(FakeGenerator({}), context_overflow="Stop")  # type: ignore[arg-type]
+
+
 def test_a_session_of_a_closed_generator_says_so(bundle: Path) -> None:
     generator = Generator(bundle, device="cpu", threads=1)
     session = Session(generator)
@@ -209,6 +259,10 @@ def test_a_file_that_was_cut_off_is_refused(generator: Generator, saved: Path, k
 def test_no_file_and_no_place_for_one_are_said(generator: Generator, tmp_path: Path) -> None:
     with pytest.raises(SessionError, match="check the path"):
         Session.load(generator, tmp_path / "none")
+    (tmp_path / "file").touch()
+    for path in ("none/session", "file/session", "x" * 300):
+        with pytest.raises(TargetError):
+            Session(generator).save(tmp_path / path)
     with pytest.raises(TargetError):
-        Session(generator).save(tmp_path / "none" / "session")
-    assert list(tmp_path.iterdir()) == []
+        Session(generator).save("")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
