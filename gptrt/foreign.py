@@ -157,6 +157,10 @@ class _NoTokenizer(Tokenizer):
     def stream_decoder(self) -> Any:
         raise self._missing()
 
+    @property
+    def _inner(self) -> Any:  # type: ignore[override]
+        raise self._missing()
+
     def _missing(self) -> PromptError:
         return PromptError(
             f"{TOKENIZER_FILE} in {self._folder}, to read and write text",

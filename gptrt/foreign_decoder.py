@@ -106,7 +106,6 @@ class ForeignDecoder:
                 found="; ".join(faults),
                 do="export it with its cache, as optimum, onnxruntime-genai or mobius do",
             )
-        self._logits_dtype = _FLOATS[gives[LOGITS].type]
 
     fingerprint = ""  # nobody has hashed its files
 

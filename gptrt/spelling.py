@@ -92,10 +92,14 @@ def _anchor(inner: Any, size: int) -> list[int]:
 
 
 def _spelled(name: str, text: str) -> bytes:
+    return fallback_byte(name, text) or (b"" if _REPLACEMENT in text else text.encode())
+
+
+def fallback_byte(name: str, text: str) -> bytes:
+    """What a token like <0xE2> stands for where a tokenizer falls back on bytes, and so gives
+    another `text` for it; nothing for any other token."""
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
-    if byte and text != name:
-        return bytes.fromhex(byte[1])
-    return b"" if _REPLACEMENT in text else text.encode()
+    return bytes.fromhex(byte[1]) if byte and text != name else b""
 
 
 def _names(inner: Any, size: int) -> tuple[list[str], set[int]]:

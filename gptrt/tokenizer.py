@@ -13,6 +13,7 @@ from gptrt.chat import ChatTemplate
 from gptrt.errors import BundleError, PromptError
 from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, Bundle
 from gptrt.schema import read_json
+from gptrt.spelling import fallback_byte
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,7 +22,9 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class StreamDecoder(Protocol):
-    """Turns ids into text one by one. The pieces and the flush joined are `decode` of all ids."""
+    """Turns ids into text one by one. The pieces and the flush joined are `decode` of all ids; but
+    where bytes follow one another that are no text together, `decode` may give up all of them, and
+    here the characters that were whole have left already."""
 
     def push(self, token: int) -> str:
         """The text that is whole now; "" where a character is still incomplete."""
@@ -117,6 +120,14 @@ class Tokenizer:
 
         return _ByteStream(self) if isinstance(self._inner.decoder, ByteLevel) else _Window(self)
 
+    def fallback_byte(self, token: int) -> bytes:
+        """What a token stands for that is a single byte, where there are no other ones for its
+        character; nothing for any other token."""
+        name = self._inner.id_to_token(token)
+        if name is None or not name.startswith("<0x"):
+            return b""
+        return fallback_byte(name, self._inner.decode([token]))
+
     def _spelled(self, token: int) -> bytes:
         """The bytes that a byte-level token stands for; none for a special or unknown one."""
         name = None if token in self._special else self._inner.id_to_token(token)
@@ -148,20 +159,29 @@ class _Window:
 
     A token's text may depend on its neighbour (a space at the very beginning, bytes of one
     character), so the text of the last piece is decoded again with each new id, and no more.
+    Whether a character is whole is said by its bytes, where tokens stand for single ones; U+FFFD
+    may be a character of the text.
     """
 
     _LONGEST = 4  # tokens that one character can take: its bytes in UTF-8
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode
+        self._decode, self._byte = tokenizer.decode, tokenizer.fallback_byte
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._before: list[int] = []
         self._new: list[int] = []
         self._whole = 0  # of the new ones, those before a character that is not whole
 
     def push(self, token: int) -> str:
         self._new.append(token)
-        text = self._added()
-        if text.endswith(_REPLACEMENT) and len(self._new) - self._whole < self._LONGEST:
+        if byte := self._byte(token):
+            self._utf8.decode(byte)
+            if self._utf8.getstate()[0]:
+                return ""
+        else:
+            self._utf8.reset()
+        text, tokens = self._added(), len(self._new) - self._whole
+        if text.endswith(_REPLACEMENT) and not byte and tokens < self._LONGEST:
             return ""
         self._whole = len(self._new)
         if text:

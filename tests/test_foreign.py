@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run
+from gptrt.constraint import Regex
 from gptrt.decoder import Decoder
 from gptrt.errors import BundleError, PromptError
 from gptrt.foreign import open_foreign
@@ -203,7 +204,12 @@ def test_without_a_tokenizer_ids_still_go_in_and_come_out(
     (folder / "tokenizer.json").unlink()
     with Generator(folder, device="cpu") as generator:
         assert list(generator.tokens(PROMPT, max_new_tokens=40)) == wanted
-        for call in (lambda: generator.generate("The king"), lambda: generator.generate(PROMPT)):
+        for call in (
+            lambda: generator.generate("The king"),
+            lambda: generator.generate(PROMPT),
+            lambda: generator.generate(PROMPT, constraint=Regex("a")),
+            lambda: generator.tokenizer.words(),
+        ):
             with pytest.raises(PromptError, match=r"tokenizer\.json in .*give ids"):
                 call()
 

@@ -66,9 +66,12 @@ def test_half_a_character_at_the_end_is_marked() -> None:
 
 
 def test_a_replacement_character_in_the_text_is_text() -> None:
-    text = "\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}"
-    for tokenizer in (byte_tokenizer(), byte_fallback_tokenizer()):
-        assert "".join(pieces(tokenizer, tokenizer.encode(text))) == text
+    mark = "\N{REPLACEMENT CHARACTER}"
+    for text in (f"{mark}a{mark}", f"\u4e16{mark}\U0001f44d\u200d\u4e16{mark}{mark}\u4e16"):
+        for tokenizer in (byte_tokenizer(), byte_fallback_tokenizer(), unigram_tokenizer()):
+            ids = tokenizer.encode(text)
+            assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+            assert tokenizer.decode(ids).strip() == text
 
 
 def test_special_tokens_are_no_text() -> None:
