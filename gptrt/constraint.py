@@ -4,7 +4,7 @@ followed is in `guide`."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,9 @@ class Regex:
 
     text: str
 
+    def __post_init__(self) -> None:
+        _check_text("a pattern", self.text)
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -49,6 +52,9 @@ class Grammar:
     """
 
     text: str
+
+    def __post_init__(self) -> None:
+        _check_text("a grammar", self.text)
 
 
 Constraint = JsonSchema | Regex | Grammar
@@ -67,7 +73,7 @@ def source(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_regex(constraint.text)
     if isinstance(constraint, Grammar):
         return LLMatcher.grammar_from_lark(constraint.text)
-    schema = _with_short_names(json.loads(constraint.text))
+    schema = each_part(json.loads(constraint.text), _with_short_names)
     if isinstance(schema, bool):
         schema = {} if schema else {"anyOf": [False]}
     layout = _LAYOUT if "\\u" in constraint.text else _LAYOUT | _ESCAPES
@@ -79,19 +85,34 @@ def source(constraint: Constraint) -> str:
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,28}[A-Za-z0-9])?"
 _HOSTNAME = rf"^{_LABEL}(\.{_LABEL}){{0,7}}$"
 _VALUES = ("enum", "const", "default", "examples")  # keys behind which no schemas stand
+_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # by name
 
 
-def _with_short_names(schema: Any) -> Any:
-    """A schema whose hostnames cannot be too long."""
+def each_part(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A schema with every object in it that is one changed, the innermost first."""
     if isinstance(schema, list):
-        return [_with_short_names(part) for part in schema]
+        return [each_part(part, change) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {k: v if k in _VALUES else _with_short_names(v) for k, v in schema.items()}
-    if found.get("format") == "hostname" and "pattern" not in found:
-        del found["format"]
-        found["pattern"] = _HOSTNAME
-    return found
+    inner = dict(schema)
+    for key, value in schema.items():
+        if key in _NAMES and isinstance(value, dict):
+            inner[key] = {name: each_part(part, change) for name, part in value.items()}
+        elif key not in _VALUES:
+            inner[key] = each_part(value, change)
+    return change(inner)
+
+
+def _with_short_names(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same, but with a pattern for hostnames, none of which is too long."""
+    if schema.get("format") != "hostname" or "pattern" in schema:
+        return schema
+    return {k: v for k, v in schema.items() if k != "format"} | {"pattern": _HOSTNAME}
+
+
+def _check_text(wanted: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise refused(f"{wanted}, a text", repr(text)[:60])
 
 
 def refused(wanted: str, found: str) -> OptionError:

@@ -263,7 +263,8 @@ class _Vocabulary:
         wanted = f"a {type(constraint).__name__} that llguidance takes"
         try:
             matcher = LLMatcher(self._inner, source(constraint), log_level=0)
-        except ValueError as e:
+            most = stride(constraint)
+        except (ValueError, RecursionError) as e:  # the latter where it is nested too deeply
             raise refused(wanted, first_line(e)) from e
         if matcher.is_error():
             raise refused(wanted, _said(matcher))
@@ -273,7 +274,7 @@ class _Vocabulary:
             raise refused(
                 f"a constraint that {LONGEST} tokens of this vocabulary can meet", "no way to"
             )
-        return Guide(self, finder, matcher, ending, stride(constraint))
+        return Guide(self, finder, matcher, ending, most)
 
     def mask(self, bits: bytes) -> Mask:
         """The ids that may come next, from llguidance's bitmask."""

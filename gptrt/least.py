@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from gptrt.constraint import Constraint, JsonSchema
+from gptrt.constraint import Constraint, JsonSchema, each_part
 
 LONGEST = 4096  # ids: what takes more to end is refused
 _SLACK, _SCALAR, _FORMAT = 16, 5, 40
@@ -29,21 +29,18 @@ def stride(constraint: Constraint) -> int:
 
 def _largest_part(schema: Any) -> int:
     """Of all parts of a schema, the size of the largest in its smallest form."""
-    parts = list(_objects(schema))
+    parts: list[dict[str, Any]] = []
+
+    def kept(part: dict[str, Any]) -> dict[str, Any]:
+        parts.append(part)
+        return part
+
+    each_part(schema, kept)
     sizes = {part["$ref"]: math.inf for part in parts if isinstance(part.get("$ref"), str)}
     for _ in range(len(sizes)):  # a part that refers to itself ends in some other way
         sizes = {ref: _least(_referred(schema, ref), sizes) for ref in sizes}
     found = (_least(part, sizes) for part in parts)
     return int(max((size for size in found if size < math.inf), default=0))
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a JSON value."""
-    if isinstance(value, dict):
-        yield value
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _objects(inner)
 
 
 def _referred(schema: Any, reference: str) -> Any:
@@ -96,7 +93,7 @@ def _least_object(schema: Mapping[str, Any], sizes: Mapping[str, float]) -> floa
     known = properties if isinstance(properties, dict) else {}
     count = _number(schema, "minProperties")
     size = count * (_SCALAR + _least(others, sizes)) if count else 0
-    for name in _list(schema, "required"):
+    for name in filter(lambda name: isinstance(name, str), _list(schema, "required")):
         size += len(json.dumps(name)) + 4 + _least(known.get(name, others), sizes)
     return size
 

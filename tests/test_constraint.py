@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptrt.constraint import Constraint, Grammar, JsonSchema, Regex
+from gptrt.constraint import Constraint, Grammar, JsonSchema, Regex, source
 from gptrt.errors import DependencyError, OptionError
 from gptrt.guide import Guide
 from gptrt.tokenizer import Tokenizer
@@ -383,7 +383,11 @@ def test_forced_ids_are_those_of_the_tokenizer() -> None:
         (lambda: JsonSchema("[1]"), r"found \[1\]"),
         (lambda: JsonSchema({"const": float("nan")}), "not JSON compliant"),
         (lambda: JsonSchema({"const": b"x"}), "not JSON serializable"),
+        (lambda: JsonSchema({"const": {"required": [["x"]]}, "required": [["x"]]}), "required"),
+        (lambda: JsonSchema(nested(600)), "recursion"),
         (lambda: Regex("a("), "unclosed group"),
+        (lambda: Regex(5), "found 5"),  # type: ignore[arg-type]
+        (lambda: Grammar(None), "found None"),  # type: ignore[arg-type]
         (lambda: Grammar("start: unknown"), 'unknown name: "unknown"'),
         (lambda: Grammar('start: "a" start'), "no way to"),
     ],
@@ -391,6 +395,22 @@ def test_forced_ids_are_those_of_the_tokenizer() -> None:
 def test_what_is_malformed_is_refused(constraint: Any, found: str) -> None:
     with pytest.raises(OptionError, match=found):
         start(constraint())
+
+
+def nested(depth: int) -> Any:
+    schema: Any = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def test_what_looks_like_a_schema_in_a_value_is_none() -> None:
+    """And what stands under a name that is a keyword elsewhere is one."""
+    value = {"required": [["x"]], "format": "hostname"}
+    assert start(JsonSchema({"const": value})).forced()
+    hosts = {"default": {"type": "string", "format": "hostname"}}
+    named = JsonSchema({"type": "object", "properties": hosts, "required": ["default"]})
+    assert "hostname" not in source(named)
 
 
 def test_a_vocabulary_that_lacks_a_character_is_refused() -> None:
