@@ -7,14 +7,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from gptrt import __version__
-from gptrt.errors import DataError, GptrtError
+from gptrt.errors import DataError, GptrtError, TargetError
 
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the signal: what a shell expects of them
 _path = click.Path(path_type=Path)
@@ -26,6 +27,10 @@ class OneLineErrors(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
+            if sys.stdout is None:  # closed by who started this
+                raise TargetError(
+                    "an open standard output", found="a closed one", do="leave it open"
+                )
             return super().main(*args, **kwargs | {"standalone_mode": False})
         except GptrtError as e:
             message, status = str(e), e.exit_status
@@ -44,17 +49,28 @@ class OneLineErrors(click.Group):
         click.echo(f"{self.name}: error: {' '.join(message.split())}", err=True)
         sys.exit(status)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _pipe():  # --help prints here
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a narrow encoding must not end a stream
-        try:
+        with _pipe():
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except BrokenPipeError:
-            # Whoever read has had enough. Python would flush once more at its end, and complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(CLOSED_PIPE)
+
+
+@contextmanager
+def _pipe() -> Iterator[None]:
+    """Ends quietly where whoever read has had enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Python would flush once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_PIPE)
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -346,7 +362,11 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _read_prompt(prompt: str) -> str:
-    return _decoded(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
+    if prompt != "-":
+        return prompt
+    if sys.stdin is None:
+        raise DataError("a prompt on standard input", found="it is closed", do="give it one")
+    return _decoded(sys.stdin.buffer.read(), "standard input")
 
 
 def _read_text(path: Path) -> str:

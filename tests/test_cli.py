@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -147,7 +148,8 @@ def test_ctrl_c_ends_a_stream_with_130_and_without_a_traceback(bundle: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate", "{}", PROMPT], ["generate", "{}", PROMPT, "--json"], ["info", "{}"]]
+    "arguments",
+    [["generate", "{}", PROMPT], ["generate", "{}", PROMPT, "--json"], ["info", "{}"], ["--help"]],
 )
 def test_a_reader_that_has_gone_ends_the_command_quietly(
     bundle: Path, arguments: list[str]
@@ -158,6 +160,15 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("stream", ["<", ">"])
+def test_a_closed_stream_is_said_in_one_line(stream: str) -> None:
+    command = f"{shlex.join(GPTRT)} generate - {stream}&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "closed" in line
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a full disk")
