@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gptrt.decoder import Decoder
     from gptrt.errors import (
         BundleError,
+        CancelledError,
         CheckpointError,
         DataError,
         DependencyError,
@@ -48,6 +49,7 @@ _HOMES = {
     "gptrt.config": ("GenerationConfig",),
     "gptrt.errors": (
         "BundleError",
+        "CancelledError",
         "CheckpointError",
         "DataError",
         "DependencyError",
@@ -79,6 +81,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Cancellation",
+    "CancelledError",
     "CheckpointError",
     "DataError",
     "Decoder",

@@ -10,6 +10,7 @@ from functools import partial
 
 from gptrt.calls import Calls, check_prompt
 from gptrt.errors import FidelityError, OptionError, PromptError
+from gptrt.interrupt import Interrupt
 from gptrt.scoring import score, score_choices
 from gptrt.sentences import sentences
 from gptrt.task import Kind, Task, Text, answer_text, label_ids
@@ -92,13 +93,14 @@ def classify(
     """
     named = [asked.task.named(text) for text in texts]  # refused before anything runs
     ids, task = _ids(calls, encode, asked), asked.task.narrowed(asked.labels)
-    scores = partial(_scores, calls, encode, task, ids)
-    if not calibrate:
-        task = replace(task, temperature=1.0, bias=())
-    elif not asked.taught:
-        neutral = scores(dict.fromkeys(task.fields, NEUTRAL))
-        task = replace(task, bias=tuple(-score for score in neutral))
-    found = [zip(task.labels, task.probabilities(scores(each)), strict=True) for each in named]
+    with calls.whole() as interrupt:
+        scores = partial(_scores, calls, encode, task, ids, interrupt)
+        if not calibrate:
+            task = replace(task, temperature=1.0, bias=())
+        elif not asked.taught:
+            neutral = scores(dict.fromkeys(task.fields, NEUTRAL))
+            task = replace(task, bias=tuple(-score for score in neutral))
+        found = [zip(task.labels, task.probabilities(scores(each)), strict=True) for each in named]
     return [sorted(each, key=lambda pair: -pair[1]) for each in found]
 
 
@@ -112,12 +114,17 @@ def _ids(calls: Calls, encode: Encode, asked: Choice) -> list[list[int]]:
 
 
 def _scores(
-    calls: Calls, encode: Encode, task: Task, ids: list[list[int]], fields: dict[str, str]
+    calls: Calls,
+    encode: Encode,
+    task: Task,
+    ids: list[list[int]],
+    interrupt: Interrupt,
+    fields: dict[str, str],
 ) -> list[float]:
     """How likely each label is as the answer."""
     longest = max(map(len, ids))
     prompt = _prompt(calls, encode, task, fields, room=calls.decoder.context - longest)
-    with calls.row_for(prompt, len(prompt) + longest) as (reading, row):
+    with calls.row_for(prompt, len(prompt) + longest, interrupt) as (reading, row):
         found = score_choices(reading, row, prompt, ids)
     if not all(map(math.isfinite, found)):
         raise FidelityError(
@@ -157,7 +164,8 @@ def likeliest_sentence(calls: Calls, encode: Encode, task: Task, text: Text) -> 
         check_prompt(ids, calls.decoder.vocab_size)
     longest = max(map(len, answers))
     prompt = _prompt(calls, encode, task, fields, room=calls.decoder.context - longest)
-    with calls.row_for(prompt, len(prompt) + longest) as (reading, row):
+    capacity = len(prompt) + longest
+    with calls.whole() as stop, calls.row_for(prompt, capacity, stop) as (reading, row):
         means = [score(reading, row, prompt, ids).mean for ids in answers]
     return found[means.index(max(means))]
 

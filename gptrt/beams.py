@@ -6,6 +6,7 @@ The rules, and with them the results, are those of transformers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 
 from gptrt.config import GenerationConfig
 from gptrt.results import FinishReason
-from gptrt.sampling import Filters, Logits, most_likely
+from gptrt.sampling import Filters, Logits, greedy, most_likely
 
-_NEVER = -1e9  # the score of what is not there
+_NEVER = -math.inf  # the score of what is not there
 
 
 @dataclass(frozen=True)
@@ -65,26 +66,33 @@ class BeamSearch:
         self._finish(candidates, ended)
         going = [c for c, reason in zip(candidates, ended, strict=True) if reason is None]
         going = going[: self.config.num_beams]
-        if len(going) < self.config.num_beams or self._is_over(going[0]):
+        if len(going) < self.config.num_beams or going[0].score == _NEVER:
+            self.running = list(map(self._longer, going))
+            return []
+        if self._is_over(going[0]):
             return []
         return self._place(going)
 
-    def result(self, count: int) -> list[Beam]:
-        """The best `count` beams; those that were cut off where too few ended."""
-        length = max(1, len(self.running[0].ids))
-        cut = [Beam(b.ids, self._normal(b.score, length), "length") for b in self.running]
-        return (self.finished + sorted(cut, key=lambda b: -b.score))[:count]
+    def result(self, count: int, reason: FinishReason = "length") -> list[Beam]:
+        """The best `count` beams; where too few ended those that `reason` cut off, and where there
+        are fewer still, empty ones of the score -inf."""
+        there = [(b, max(1, len(b.ids))) for b in self.running if b.score > _NEVER]
+        cut = [Beam(b.ids, self._normal(b.score, length), reason) for b, length in there]
+        found = self.finished + sorted(cut, key=lambda b: -b.score)
+        return (found + [Beam((), _NEVER, reason)] * count)[:count]
 
     def _best(self, logits: Logits) -> list[_Candidate]:
-        """The best continuations of all beams by one id, the best first."""
+        """The best continuations of all beams by one id, the best first. Raises FidelityError if
+        there is none."""
         scores = np.stack([self._scores(*pair) for pair in zip(self.running, logits, strict=True)])
         vocab = scores.shape[1]
         flat = scores.reshape(-1)
+        greedy(flat)  # refuses what has no best
         order = most_likely(flat, min(self._count, len(flat)))
         return [_Candidate(int(i) // vocab, int(i) % vocab, float(flat[i])) for i in order]
 
     def _scores(self, beam: Beam, logits: Logits) -> NDArray[np.float32]:
-        shifted = logits - logits.max()
+        shifted = logits - logits[greedy(logits)]  # refuses what has no distribution
         log_probs = shifted - np.log(np.exp(shifted).sum())
         history = np.concatenate((self._prompt, np.array(beam.ids, np.int64)))
         new = len(beam.ids)
@@ -104,7 +112,7 @@ class BeamSearch:
         if self.config.early_stopping is True and len(self.finished) == n:
             return
         for candidate, reason in list(zip(candidates, ended, strict=True))[:n]:
-            if reason is not None:
+            if reason is not None and candidate.score > _NEVER:
                 ids = self.running[candidate.parent].ids
                 ids = ids if reason == "stop" else (*ids, candidate.token)
                 score = self._normal(candidate.score, length)
@@ -135,5 +143,8 @@ class BeamSearch:
             else:
                 homeless.append(candidate)
         placed = [row if row is not None else homeless.pop(0) for row in rows]
-        self.running = [Beam((*self.running[c.parent].ids, c.token), c.score) for c in placed]
+        self.running = list(map(self._longer, placed))
         return [c.parent for c in placed]
+
+    def _longer(self, candidate: _Candidate) -> Beam:
+        return Beam((*self.running[candidate.parent].ids, candidate.token), candidate.score)

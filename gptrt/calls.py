@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from gptrt.asked import check_controls
 from gptrt.beams import Beam, BeamSearch
 from gptrt.config import GenerationConfig
 from gptrt.decoding import Continuation, Progress, Reading, Row, Runner, Slab, search, write
 from gptrt.draft import DraftModel
-from gptrt.errors import OptionError, PromptError
+from gptrt.errors import BundleError, CancelledError, OptionError, PromptError
 from gptrt.guide import Guide
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
 from gptrt.results import Generation, Timings
@@ -39,7 +40,6 @@ class Writer:
     stops: StopStrings
     pieces: list[str] = field(default_factory=list)
     first_token: float | None = None  # by time.monotonic()
-    ended: float | None = None
 
     @cached_property
     def decoder(self) -> StreamDecoder:
@@ -58,8 +58,8 @@ class Writer:
         return self._keep(piece + ("" if self.stops.fired else self.stops.flush()))
 
     def _keep(self, piece: str) -> str:
-        if self.stops.fired:
-            self.one.finish_reason = "stop"
+        if self.stops.fired and self.one.finish_reason != "stop":
+            self.one.end("stop")
         if piece:
             self.pieces.append(piece)
         return piece
@@ -93,7 +93,7 @@ class Call:
         one, first = writer.one, writer.first_token
         return Timings(
             first_token=None if first is None else first - self.began,
-            total=(writer.ended or time.monotonic()) - self.began,
+            total=(one.ended or time.monotonic()) - self.began,
             prompt_tokens=len(one.prompt),
             new_tokens=len(one.ids),
             reused_tokens=one.reused,
@@ -103,7 +103,8 @@ class Call:
 
 
 class Calls:
-    """A decoder, its tokenizer, and what calls to them share; `listed` are those under way."""
+    """A decoder, its tokenizer, and what calls to them share; `listed` are those under way. Raises
+    BundleError for two that do not go together."""
 
     def __init__(
         self,
@@ -114,6 +115,13 @@ class Calls:
         reuse: Reuse = "exact",
         limit: int | None = None,
     ) -> None:
+        last = max(tokenizer.eos_token_ids, default=0)
+        if last >= decoder.vocab_size:
+            raise BundleError(
+                f"ids that end a text below {decoder.vocab_size}, as many as the model has",
+                found=str(last),
+                do="correct eos_token_id",
+            )
         self.decoder, self.tokenizer = decoder, tokenizer
         self.shelf = Shelf(decoder, limit=limit, keep=reuse != "none")
         self._draft, self._reuse = draft, reuse
@@ -131,6 +139,7 @@ class Calls:
         progress: Progress | None = None,
     ) -> Call:
         """Refuse what cannot be done before anything runs. Raises PromptError, OptionError."""
+        check_controls(cancellation, progress)
         for config in configs:
             _check_ids_of(config, self.decoder.vocab_size)
         pairs = list(zip(prompts, configs, strict=True))
@@ -216,11 +225,12 @@ class Calls:
                         if writer.first_token is None:
                             writer.first_token = time.monotonic()
                         yield writer, token
-                        if one.finish_reason is not None:
-                            writer.ended = time.monotonic()
             except Interrupted:
+                pass
+            finally:
                 for one in ones:
-                    one.finish_reason = one.finish_reason or call.interrupt.reason
+                    if one.finish_reason is None:
+                        one.end(call.interrupt.reason or "cancelled")
 
     def pieces(
         self, call: Call, *, rows: int = 1, slab: Slab | None = None
@@ -238,9 +248,23 @@ class Calls:
         return Reading(self.decoder, interrupt, progress, exact=self._reuse != "all")
 
     @contextmanager
-    def row_for(self, ids: Sequence[int], capacity: int) -> Iterator[tuple[Reading, Row]]:
+    def whole(self) -> Iterator[Interrupt]:
+        """A call that gives all or nothing. Raises CancelledError where `cancel` ends it."""
+        interrupt = Interrupt()
+        try:
+            with self.under_way(interrupt):
+                yield interrupt
+        except Interrupted as e:
+            raise CancelledError(
+                "this call to go on", found="Generator.cancel()", do="call again for its result"
+            ) from e
+
+    @contextmanager
+    def row_for(
+        self, ids: Sequence[int], capacity: int, interrupt: Interrupt
+    ) -> Iterator[tuple[Reading, Row]]:
         """A row to read a text into, with what is known of it already, and how to read."""
-        reading = Reading(self.decoder, exact=self._reuse != "all")
+        reading = self.reading(interrupt)
         slab = self.shelf.lend_for(ids, capacity, reading)
         try:
             yield reading, slab.rows[0]
@@ -250,14 +274,16 @@ class Calls:
     def beams(self, prompt: list[int], config: GenerationConfig, call: Call) -> list[Generation]:
         """The results of a beam search, the best first."""
         reading = self.reading(call.interrupt, call.progress)
+        deadline = None if config.max_time is None else call.began + config.max_time
         room = self._room(prompt, config)
         beams = BeamSearch(config, prompt, self.tokenizer.eos_token_ids, room=room)
         with self.under_way(call.interrupt):
             slab = self.shelf.lend(len(prompt) + room, config.num_beams)
             try:
-                found = search(reading, prompt, beams, slab)
+                found = search(reading, prompt, beams, slab, deadline)
             except Interrupted:
-                found = beams.result(config.num_return_sequences)
+                reason = call.interrupt.reason or "cancelled"
+                found = beams.result(config.num_return_sequences, reason)
             finally:
                 self.shelf.take_back(slab)
         return [self._generation(prompt, beam, call) for beam in found]
@@ -275,7 +301,7 @@ class Calls:
             text=self.tokenizer.decode(beam.ids),
             prompt_ids=tuple(prompt),
             ids=beam.ids,
-            finish_reason=call.interrupt.reason or beam.finish_reason or "length",
+            finish_reason=beam.finish_reason or "length",
             score=beam.score,
             timings=Timings(None, total, len(prompt), len(beam.ids)),
         )

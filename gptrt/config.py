@@ -25,7 +25,13 @@ def _integer(low: int, high: int = 1 << 31) -> Callable[[Any], bool]:
 
 
 def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, Real) and not isinstance(v, bool) and holds(float(v))
+    def accepts(value: Any) -> bool:
+        try:
+            return isinstance(value, Real) and not isinstance(value, bool) and holds(float(value))
+        except OverflowError:  # an integer beyond all floats
+            return False
+
+    return accepts
 
 
 def _bias(token: Any, value: Any) -> bool:
@@ -92,7 +98,9 @@ class GenerationConfig:
         (), "strings, none empty", _tuple(lambda v: isinstance(v, str) and v != "")
     )
     logit_bias: tuple[tuple[int, float], ...] = _option(
-        (), "ids with numbers from -1e4 to 1e4", _tuple(lambda v: len(v) == 2 and _bias(*v))
+        (),
+        "ids with numbers from -1e4 to 1e4",
+        _tuple(lambda v: isinstance(v, tuple) and len(v) == 2 and _bias(*v)),
     )
     logits_processor: tuple[LogitsProcessor, ...] = _option((), "callables", _tuple(callable))
     constraint: Constraint | None = _option(  # noqa: RUF009
@@ -151,7 +159,8 @@ def _given_chances(options: Mapping[str, Any]) -> list[str]:
 
 
 def _normal(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same options, with lists, mappings and lone values as the tuples that they stand for."""
+    """The same options, with lists, mappings and lone values as the tuples that they stand for, and
+    numpy's numbers as Python's, which do not overflow."""
     result = {name: _frozen(value) for name, value in options.items()}
     if isinstance(result.get("stop_strings"), str):
         result["stop_strings"] = (result["stop_strings"],)
@@ -162,8 +171,14 @@ def _normal(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return tuple(value.items())
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+        value = tuple(value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _faults(options: Mapping[str, Any]) -> list[str]:

@@ -183,18 +183,25 @@ class Continuation:
     deadline: float | None = None
     ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    ended: float | None = None  # when it got its finish reason, by `time.monotonic()`
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     reused: int = 0  # ids of the prompt that were not read again
     guessed: int = 0
     accepted: int = 0
 
+    def __post_init__(self) -> None:
+        self.text = list(self.prompt)  # with all ids
+
+    def end(self, reason: FinishReason) -> None:
+        self.finish_reason, self.ended = reason, time.monotonic()
+
     def draft(self) -> list[int]:
         """What may follow, to be read in the same pass; one id less than there is room for."""
         room = self.room - len(self.ids) - 1
         if self.drafter is None or room < 1:
             return []
-        return self.drafter.propose([*self.prompt, *self.ids], room)
+        return self.drafter.propose(self.text, room)
 
     def learn(self, guessed: int, accepted: int) -> None:
         """So many ids of a draft of so many came true."""
@@ -217,21 +224,22 @@ class Continuation:
         """Whether an id was chosen from logits [..., vocab], rather than the end."""
         guide = self.sampler.guide
         if guide is not None and guide.finished:  # the constraint allows no text at all
-            self.finish_reason = "stop"
+            self.end("stop")
             return False
         token = self.sampler.next(logits)
         if token in self.eos_token_ids:
-            self.finish_reason = "stop"
+            self.end("stop")
             return False
         if self.config.logprobs or self.config.top_logprobs:
             self._note(logits.reshape(-1), token)
         self.ids.append(token)
+        self.text.append(token)
         if guide is not None and guide.finished:
-            self.finish_reason = "stop"
+            self.end("stop")
         elif len(self.ids) == self.room:
-            self.finish_reason = "length"
+            self.end("length")
         elif self.deadline is not None and time.monotonic() >= self.deadline:
-            self.finish_reason = "time"
+            self.end("time")
         return True
 
     def _note(self, logits: Logits, token: int) -> None:
@@ -243,21 +251,16 @@ class Continuation:
 
 
 def write(
-    reading: Reading,
-    continuations: Sequence[Continuation],
-    slab: Slab,
-    others: Sequence[Row] = (),
+    reading: Reading, continuations: Sequence[Continuation], slab: Slab
 ) -> Iterator[tuple[Continuation, int]]:
-    """Continue all, as many at a time as the slab has rows. Yields each id with what it belongs to.
-
-    `others` are rows from which the beginning of a prompt may be copied.
-    """
+    """Continue all, as many at a time as the slab has rows. Yields each id with what it belongs
+    to."""
     waiting = deque(continuations)
     active: list[Continuation] = []  # in the first rows
     while waiting or active:
         while waiting and len(active) < len(slab.rows):
             one = waiting.popleft()
-            logits = _read_prompt(reading, one, slab.rows[len(active)], (*slab.rows, *others))
+            logits = _read_prompt(reading, one, slab.rows[len(active)], slab.rows)
             active.append(one)
             if one.choose(logits):
                 yield one, one.ids[-1]
@@ -314,7 +317,7 @@ def _step_ahead(
 
 def _slide(reading: Reading, one: Continuation, row: Row) -> Logits:
     """Where the cache is full: from the last half of it, as a call would that began with that."""
-    tail = [*one.prompt, *one.ids][-(row.cache.capacity // 2) :]
+    tail = one.text[-(row.cache.capacity // 2) :]
     return Reading(reading.decoder, reading.interrupt).read(row, tail)
 
 
@@ -342,14 +345,19 @@ def _retire(active: list[Continuation], rows: Sequence[Row]) -> None:
         del active[last]
 
 
-def search(reading: Reading, prompt: list[int], beams: BeamSearch, slab: Slab) -> list[Beam]:
-    """Run a beam search to its end, in a row for each beam."""
+def search(
+    reading: Reading, prompt: list[int], beams: BeamSearch, slab: Slab, deadline: float | None
+) -> list[Beam]:
+    """Run a beam search to its end or its deadline, in a row for each beam."""
+    count = beams.config.num_return_sequences
     rows = slab.rows
     first = reading.read(rows[0], prompt)
     for row in rows[1:]:
         row.become(rows[0], len(prompt))
     logits = first.reshape(1, -1).repeat(len(rows), axis=0)
     while parents := beams.advance(logits):
+        if deadline is not None and time.monotonic() >= deadline:
+            return beams.result(count, "time")
         for number, parent in enumerate(parents):
             if parent != number:
                 rows[number].become(rows[parent], len(rows[parent].ids))
@@ -357,4 +365,4 @@ def search(reading: Reading, prompt: list[int], beams: BeamSearch, slab: Slab) -
         logits = reading.decoder.run(last, slab.first(len(rows)), interrupt=reading.interrupt)[:, 0]
         for row, ids in zip(rows, last, strict=True):
             row.ids += ids
-    return beams.result(beams.config.num_return_sequences)
+    return beams.result(count)

@@ -55,6 +55,10 @@ class SessionError(GptrtError):
     """A session file is damaged, or of another model; or a session is used by two at once."""
 
 
+class CancelledError(GptrtError):
+    """A call was cancelled of which there is no part to give, a score for example."""
+
+
 class MemoryLimitError(GptrtError):
     """More memory would be needed than the application allows."""
 

@@ -14,24 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptrt.answers import Labelled, choice, classify, likeliest_sentence, question, required
-from gptrt.asked import Configs, for_each, for_one, for_stream, refuse_many
+from gptrt.asked import (
+    Configs,
+    check_several,
+    for_each,
+    for_one,
+    for_stream,
+    refuse_many,
+)
 from gptrt.calls import Call, Calls, Reuse, check_prompt
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
-from gptrt.decoder import Logits
+from gptrt.decoder import Hidden, Logits
 from gptrt.decoding import Continuation, Runner, Slab
 from gptrt.engine import Device
 from gptrt.errors import GptrtError, OptionError, PromptError
 from gptrt.interrupt import Cancellation
 from gptrt.memory import MemoryEstimate, estimate
-from gptrt.opening import (
-    StrPath,
-    as_draft,
-    check_limit,
-    check_same_words,
-    open_parts,
-    without_caches,
-)
+from gptrt.opening import StrPath, check_same_words, left_for_caches, open_parts
 from gptrt.opening import embedded_bundle as embedded_bundle  # for who imports it from here
 from gptrt.opening import open_decoder as open_decoder
 from gptrt.results import Generation
@@ -44,6 +44,7 @@ Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 T = TypeVar("T")
 
 _BATCH_SIZE = 8
+_OF_TEXTS = ("stop_strings", "logprobs", "top_logprobs")  # options that ids alone cannot show
 
 
 class Generator:
@@ -85,8 +86,7 @@ class Generator:
         cuda_graphs: bool = False,
     ) -> None:
         if memory_limit is not None:
-            memory_limit -= without_caches(path) + (0 if draft is None else as_draft(draft))
-            check_limit(memory_limit)
+            memory_limit = left_for_caches(memory_limit, path, draft)
         opened = partial(open_parts, device=device, threads=threads, cuda_graphs=cuda_graphs)
         parts, guesser = opened(path), None
         if draft is not None:
@@ -175,7 +175,8 @@ class Generator:
         self._calls = None
 
     def cancel(self) -> None:
-        """End every call that is under way, from any thread: each gives what it has."""
+        """End every call that is under way, from any thread: each gives what it has; those that
+        would give a part of nothing, as `classify` and `score`, raise CancelledError."""
         if self._calls is not None:
             self._calls.cancel()
 
@@ -210,11 +211,14 @@ class Generator:
     def tokens(
         self, prompt: Prompt, *, config: GenerationConfig | None = None, **options: Any
     ) -> Iterator[int]:
-        """The ids, one by one. Stop strings need text: with them this raises OptionError."""
+        """The ids, one by one. Raises OptionError for stop strings, which need text, and for log
+        probabilities, which would be lost."""
         calls, call = self._call([prompt], for_stream(config, options), options)
-        if call.writers[0].one.config.stop_strings:
+        config = call.writers[0].one.config
+        lost = [name for name in _OF_TEXTS if getattr(config, name)]
+        if lost:
             raise OptionError(
-                "options that ids can honour", found="stop_strings", do="use stream or generate"
+                "options that ids can honour", found=", ".join(lost), do="use complete or stream"
             )
         return (token for _, token in calls.tokens(call))
 
@@ -243,6 +247,7 @@ class Generator:
         """
         if type(batch_size) is not int or batch_size < 1:
             raise OptionError("batch_size of 1 or more", found=repr(batch_size), do="correct it")
+        check_several("prompts", prompts)
         configs = for_each(config, options, len(prompts))
         if not configs:
             return []
@@ -298,6 +303,7 @@ class Generator:
         (`gptrt.task.label_ids` says which); of the scores, calibrated unless `calibrate` is False,
         the softmax is taken (`gptrt.answers.classify`). Raises OptionError, PromptError.
         """
+        check_several("texts", texts)
         asked = choice(self._task, labels, prompt)
         return classify(self.calls, self.encode, asked, texts, calibrate=calibrate)
 
@@ -321,6 +327,7 @@ class Generator:
         A text is that of the only field, or a mapping of all; one that is too long loses words at
         its end. Raises OptionError for a bundle without a task, PromptError.
         """
+        check_several("texts", texts)
         task = required(self._task)
         if config is None and options.get("max_new_tokens") is None:
             options["max_new_tokens"] = task.max_new_tokens
@@ -356,13 +363,15 @@ class Generator:
 
     def score(self, prompt: Prompt, continuations: Sequence[Prompt]) -> list[Score]:
         """How likely each text is to follow `prompt`, which is read once."""
+        check_several("continuations", continuations)
         before = self._checked(self.encode(prompt))
         found = [
             self._checked(self.encode(continuation, whole=False), beside=len(before))
             for continuation in continuations
         ]
         longest = max(map(len, found), default=0)
-        with self.calls.row_for(before, len(before) + longest) as (reading, row):
+        capacity, calls = len(before) + longest, self.calls
+        with calls.whole() as stop, calls.row_for(before, capacity, stop) as (reading, row):
             return [score(reading, row, before, ids) for ids in found]
 
     def logits(self, prompt: Prompt, positions: Sequence[int] | None = None) -> Logits:
@@ -374,7 +383,8 @@ class Generator:
             raise OptionError(
                 f"positions from 0 to {len(ids) - 1}", found=repr(positions)[:60], do="correct them"
             )
-        with self.calls.row_for(ids, len(ids)) as (reading, row):
+        calls = self.calls
+        with calls.whole() as stop, calls.row_for(ids, len(ids), stop) as (reading, row):
             return logits_at(reading, row, ids, wanted)
 
     def embed(
@@ -387,25 +397,29 @@ class Generator:
         """
         if pooling not in ("mean", "last"):
             raise OptionError('pooling "mean" or "last"', found=repr(pooling), do="choose one")
+        check_several("texts", texts)
         if not len(texts):
             raise PromptError("one text or more", found="none", do="give some")
-        rows = []
-        for text in texts:
-            ids = self._checked(self.encode(text))
-            with self.calls.row_for(ids, len(ids)) as (reading, row):
-                rows.append(embed(reading, row, ids, pooling))
+        rows, calls = list[Hidden](), self.calls
+        with calls.whole() as stop:
+            for text in texts:
+                ids = self._checked(self.encode(text))
+                with calls.row_for(ids, len(ids), stop) as (reading, row):
+                    rows.append(embed(reading, row, ids, pooling))
         found = np.array(rows, np.float32)
         return found / np.linalg.norm(found, axis=1, keepdims=True) if normalize else found
 
     def perplexity(self, text: Prompt, *, stride: int | None = None) -> Perplexity:
         """How well the model predicts a text of any length: see `gptrt.scoring.perplexity`."""
         ids = self.encode(text)
-        shelf = self.calls.shelf
-        slab = shelf.lend(min(max(1, len(ids)), self.decoder.context))
+        calls, decoder = self.calls, self.decoder
+        slab = calls.shelf.lend(min(max(1, len(ids)), decoder.context))
+        cache = slab.rows[0].cache
         try:
-            return perplexity(self.decoder, ids, stride=stride, cache=slab.rows[0].cache)
+            with calls.whole() as stop:
+                return perplexity(decoder, ids, stride=stride, cache=cache, interrupt=stop)
         finally:
-            shelf.drop(slab)
+            calls.shelf.drop(slab)
 
     def _checked(self, ids: list[int], *, beside: int = 0) -> list[int]:
         check_prompt(ids, self.decoder.vocab_size)
@@ -482,6 +496,8 @@ class Generator:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, whole=whole)
         try:
+            if isinstance(prompt, bytes | bytearray):
+                raise TypeError("bytes, which are numbers but no ids")
             return [operator.index(token) for token in prompt]
         except TypeError as e:
             raise PromptError(

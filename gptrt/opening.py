@@ -67,7 +67,24 @@ def open_parts(
     return Parts(opening.result(), tokenizer, bundle.manifest.task)
 
 
-def without_caches(path: StrPath | None) -> int:
+def left_for_caches(limit: int, path: StrPath | None, draft: StrPath | None) -> int:
+    """Of a limit in bytes what a bundle and its draft leave. Raises OptionError for what is no
+    limit, MemoryLimitError where nothing is left."""
+    if type(limit) is not int:
+        raise OptionError(
+            "memory_limit= a whole number of bytes", found=repr(limit)[:60], do="correct it"
+        )
+    left = limit - _without_caches(path) - (0 if draft is None else _as_draft(draft))
+    if left <= 0:
+        raise MemoryLimitError(
+            "memory_limit to leave room beside weights and libraries",
+            found=f"{-left:,} bytes too few",
+            do="raise it, or use a smaller bundle",
+        )
+    return left
+
+
+def _without_caches(path: StrPath | None) -> int:
     """What a bundle takes before it continues anything; of a foreign decoder the file alone."""
     if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
         from gptrt import foreign
@@ -78,19 +95,10 @@ def without_caches(path: StrPath | None) -> int:
     return needs.total - needs.cache
 
 
-def as_draft(path: StrPath) -> int:
+def _as_draft(path: StrPath) -> int:
     """What a draft takes beside the bundle that it guesses for, its cache included."""
     needs = estimate(path)
     return needs.total - needs.runtime
-
-
-def check_limit(left: int) -> None:
-    if left <= 0:
-        raise MemoryLimitError(
-            "memory_limit to leave room beside weights and libraries",
-            found=f"{-left:,} bytes too few",
-            do="raise it, or use a smaller bundle",
-        )
 
 
 class _Beside(threading.Thread, Generic[T]):

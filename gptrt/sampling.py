@@ -117,14 +117,16 @@ def min_p(logits: Logits, p: float) -> Logits:
 
 def typical_p(logits: Logits, p: float) -> Logits:
     """Keep ids whose surprise is nearest the entropy, up to mass `p`: arXiv 2202.00666."""
-    alive = np.flatnonzero(logits > -np.inf)
+    alive = np.flatnonzero(logits != -np.inf)  # a NaN is none of those that were removed
+    if not len(alive):
+        return logits
     probabilities = _softmax(logits[alive])
     surprise = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
     distance = np.abs(surprise - (probabilities * surprise).sum())
     order = np.argsort(distance, kind="stable")
     last = int(np.searchsorted(np.cumsum(probabilities[order]), p))  # the first to reach p
     bound = distance[order[min(last, len(order) - 1)]]
-    return _keep(logits, alive[distance <= bound])
+    return _keep(logits, alive[~(distance > bound)])
 
 
 def _keep(logits: Logits, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Logits:
@@ -281,8 +283,7 @@ class Sampler:
         self._filters = Filters(config, eos_token_ids, guide)
         self._warpers = _warpers(config) if config.samples else []
         self._plain = self._filters.idle and not self._draws
-        self._ids = np.zeros(len(prompt) + room, np.int64)
-        self._ids[: len(prompt)] = prompt
+        self._ids = np.array(prompt, np.int64)  # grows by doubling: few calls use all their room
         self._prompt_length, self._step, self._room = len(prompt), 0, room
 
     def next(self, logits: Logits) -> int:
@@ -290,7 +291,7 @@ class Sampler:
         if self._plain:
             return greedy(logits)
         token = self._choose(logits.reshape(-1), self._step)
-        self._ids[self._prompt_length + self._step] = token
+        self._put([token])
         self._step += 1
         if self.guide is not None:
             self.guide.advance(token)
@@ -301,9 +302,17 @@ class Sampler:
         chosen; nothing is decided by it. By the same draw: models that agree guess the same."""
         if self._plain:
             return greedy(logits)
-        at = self._prompt_length + self._step
-        self._ids[at : at + len(ahead)] = ahead
+        self._put(ahead)
         return self._choose(logits.reshape(-1), self._step + len(ahead))
+
+    def _put(self, ids: Sequence[int]) -> None:
+        """After what was chosen."""
+        at = self._prompt_length + self._step
+        end = at + len(ids)
+        if end > len(self._ids):
+            more = max(end - len(self._ids), len(self._ids))
+            self._ids = np.concatenate((self._ids, np.zeros(more, np.int64)))
+        self._ids[at:end] = ids
 
     def _choose(self, logits: Logits, step: int) -> int:
         history = self._ids[: self._prompt_length + step]

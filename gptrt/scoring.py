@@ -15,6 +15,7 @@ from gptrt.cache import KVCache
 from gptrt.decoder import Hidden, Ids, Logits
 from gptrt.decoding import Reading, Row, Runner, passes
 from gptrt.errors import DataError, FidelityError, OptionError
+from gptrt.interrupt import Interrupt
 from gptrt.sampling import log_probabilities
 
 _LOGITS_BYTES = 64 << 20  # of one run
@@ -37,6 +38,7 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     cache: KVCache | None = None,
+    interrupt: Interrupt | None = None,
 ) -> Perplexity:
     """Predict every id but the first, each exactly once.
 
@@ -63,7 +65,8 @@ def perplexity(
     for first in range(1, len(text), stride):  # the first id that this window predicts
         end = min(first + stride, len(text))
         cache.go_to(0)
-        total += _window_nll(decoder, cache, text[max(0, end - 1 - window) : end], end - first)
+        ids_of_window = text[max(0, end - 1 - window) : end]
+        total += _window_nll(decoder, cache, ids_of_window, end - first, interrupt)
     return _perplexity(total, len(text) - 1)
 
 
@@ -78,7 +81,9 @@ def _checked(ids: Sequence[int] | NDArray[np.integer[Any]], vocab_size: int) -> 
     return text
 
 
-def _window_nll(decoder: Runner, cache: KVCache, window: Ids, scored: int) -> float:
+def _window_nll(
+    decoder: Runner, cache: KVCache, window: Ids, scored: int, interrupt: Interrupt | None
+) -> float:
     """The nll, summed, of the last `scored` ids of a window, each from all before it."""
     inputs, targets = window[:-1], window[1:]
     size = max(1, _LOGITS_BYTES // (4 * decoder.vocab_size))
@@ -86,7 +91,8 @@ def _window_nll(decoder: Runner, cache: KVCache, window: Ids, scored: int) -> fl
     for start in range(0, len(inputs), size):
         end = min(start + size, len(inputs))
         keep = end - max(start, unscored)
-        logits = decoder.run(inputs[None, start:end], cache, keep=max(1, keep))[0]
+        part = inputs[None, start:end]
+        logits = decoder.run(part, cache, keep=max(1, keep), interrupt=interrupt)[0]
         if keep > 0:
             total += _nll(logits, targets[end - keep : end])
     return total

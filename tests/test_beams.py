@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from export.checkpoint import load_checkpoint, save_checkpoint
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run
-from gptrt.errors import OptionError
+from gptrt.errors import FidelityError, OptionError
 from gptrt.generator import Generator
 from gptrt.interrupt import Cancellation
 from gptrt.testing import EOS, VOCAB, FakeDecoder, byte_tokenizer
+from tests.fakes import noise
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation")
 
@@ -158,6 +160,39 @@ def test_a_cancelled_search_gives_what_it_has(pair: tuple[Generator, Any]) -> No
     stop.cancel()
     (found,) = pair[0].complete_batch([PROMPTS[0]], num_beams=3, cancellation=stop)
     assert (found.ids, found.finish_reason) == ((), "cancelled")
+
+
+def searching(predict: Any, **options: Any) -> list[Any]:
+    generator = Generator.from_parts(FakeDecoder(predict), byte_tokenizer())
+    return generator.complete_batch(["x"], **options)
+
+
+def test_a_search_that_ran_out_of_time_says_so_and_gives_what_it_has() -> None:
+    found = searching(noise, num_beams=3, num_return_sequences=3, max_time=1e-9)
+    assert [(len(one.ids), one.finish_reason) for one in found] == [(1, "time")] * 3
+    stop = Cancellation()
+    stop.cancel()
+    found = searching(noise, num_beams=3, num_return_sequences=3, cancellation=stop)
+    assert [(one.ids, one.score) for one in found][1:] == [((), -math.inf)] * 2
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_search_among_nothing_is_refused(value: float) -> None:
+    with pytest.raises(FidelityError):
+        searching(lambda _: np.full(VOCAB, value, np.float32), num_beams=2)
+
+
+def test_a_search_never_finds_what_was_banned() -> None:
+    """Where fewer ids are left than there are beams."""
+
+    def predict(seen: list[int]) -> Any:
+        logits = np.full(VOCAB, -np.inf, np.float32)
+        logits[[ord("a"), EOS] if len(seen) > 1 else [ord("a")]] = 0
+        return logits
+
+    found = searching(predict, num_beams=4, num_return_sequences=4, max_new_tokens=2)
+    assert [one.text for one in found] == ["aa", "a", "", ""]
+    assert [one.score == -math.inf for one in found] == [False, False, True, True]
 
 
 def test_beams_need_a_row_each_and_no_more(bundle: Path) -> None:

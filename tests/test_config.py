@@ -73,6 +73,8 @@ def test_contradictions_are_refused(options: dict[str, object]) -> None:
         ("stop_strings", [3]),
         ("max_time", 0),
         ("max_time", float("nan")),
+        ("logit_bias", [5, 1.0]),
+        ("temperature", 10**400),
         ("seed", -1),
         ("seed", 1 << 64),
     ],
@@ -121,3 +123,8 @@ def test_a_lone_stop_string_and_lists_become_tuples() -> None:
 def test_numbers_of_numpy_are_numbers() -> None:
     config = GenerationConfig(max_new_tokens=np.int64(3), temperature=np.float32(0.5))
     assert config.max_new_tokens == 3
+    values = {"seed": np.int32(7), "max_new_tokens": np.uint8(200), "top_p": np.float32(0.5)}
+    bias = {np.int64(5): np.float32(1)}
+    config = GenerationConfig.from_options(**values, logit_bias=bias)
+    found = (config.seed, config.max_new_tokens, config.top_p, *config.logit_bias[0])
+    assert [type(value) for value in found] == [int, int, float, int, float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptrt.errors import GptrtError, MemoryLimitError, OptionError
+from gptrt.errors import CancelledError, GptrtError, MemoryLimitError, OptionError
 from gptrt.generator import Generator
 from gptrt.interrupt import Cancellation
 from gptrt.sampling import Logits
 from gptrt.session import Session
 from gptrt.testing import FakeDecoder, FakeGenerator, byte_tokenizer
-from tests.fakes import favouring, noise
+from tests.fakes import EOS, favouring, noise
 
 HUNG = 20.0  # seconds: nothing here takes one
 
@@ -75,6 +76,41 @@ def test_a_generator_cancels_all_that_is_under_way_and_nothing_later() -> None:
         results = [future.result(HUNG) for future in futures]
     assert {result.finish_reason for result in results} == {"cancelled"}
     assert generator.complete("y", max_new_tokens=2).finish_reason == "length"
+
+
+def test_a_call_without_parts_says_that_it_was_cancelled() -> None:
+    """It could give nothing else; and the generator goes on."""
+    calls: list[Callable[[Generator], Any]] = [
+        lambda generator: generator.classify("ab", ["a", "b"]),
+        lambda generator: generator.score("ab", [" b", " c"]),
+        lambda generator: generator.perplexity("abc", stride=1),
+    ]
+    for call in calls:
+        model = Slow(0.1)
+        generator = slow_generator(model)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(call, generator)
+            assert model.begun.wait(HUNG)
+            generator.cancel()
+            assert isinstance(future.exception(HUNG), CancelledError)
+        assert call(generator)
+
+
+def test_a_timeout_of_any_length_is_one() -> None:
+    for timeout in (1e10, float("inf")):
+        result = slow_generator(Slow(0.0)).complete("x", max_new_tokens=2, timeout=timeout)
+        assert result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("control", [{"cancellation": "x"}, {"progress": 5}])
+def test_what_cannot_control_a_call_is_refused(control: dict[str, Any]) -> None:
+    generator = slow_generator(Slow(0.0))
+    with pytest.raises(OptionError, match=next(iter(control))):
+        generator.generate("x", **control)
+    session = Session(generator)
+    with pytest.raises(OptionError, match=next(iter(control))):
+        session.append("x", **control)
+    assert session.ids == ()
 
 
 def test_a_timeout_ends_a_batch_and_leaves_what_is_done() -> None:
@@ -308,3 +344,16 @@ def test_timings_and_log_probabilities_come_with_the_result() -> None:
     logits = noise([120])
     wanted = logits[result.ids[0]] - np.log(np.exp(logits).sum())
     assert result.logprobs[0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_text_that_ends_by_itself_took_no_longer_than_to_its_end() -> None:
+    """Not until its result was asked for, nor until the last of its batch had ended."""
+    decoder = FakeDecoder(lambda seen: favouring(EOS if seen[0] == 97 else 98), context=256)
+    generator = Generator.from_parts(decoder, byte_tokenizer())
+    stream = generator.stream("a")
+    assert list(stream) == []
+    assert stream.result.timings == stream.result.timings
+    short, long = generator.complete_batch(["a", "b"], max_new_tokens=200)
+    assert short.timings is not None and long.timings is not None
+    assert (short.finish_reason, long.finish_reason) == ("stop", "length")
+    assert short.timings.total < long.timings.total

@@ -10,7 +10,7 @@ import pytest
 
 import gptrt.decoding
 from gptrt.config import GenerationConfig
-from gptrt.errors import GptrtError, OptionError, PromptError
+from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
 from gptrt.generator import Generator
 from gptrt.sampling import Logits
 from gptrt.scoring import perplexity
@@ -181,7 +181,7 @@ def test_an_empty_prompt_is_refused(prompt: Any) -> None:
         saying("yes").generate(prompt)
 
 
-@pytest.mark.parametrize("prompt", [[VOCAB], [-1], [1.5], [[1, 2]], ["a"]])
+@pytest.mark.parametrize("prompt", [[VOCAB], [-1], [1.5], [[1, 2]], ["a"], b"abc"])
 def test_what_are_no_ids_of_the_model_is_refused(prompt: Any) -> None:
     with pytest.raises(PromptError):
         saying("yes").generate(prompt)
@@ -204,11 +204,42 @@ def test_a_config_serves_for_options_but_not_beside_them() -> None:
     assert generator.generate(PROMPT, config=config) == "ye"
     with pytest.raises(OptionError, match="both"):
         generator.generate(PROMPT, config=config, seed=1)
+    wrong: list[Any] = [{"max_new_tokens": 5}, "x", 5, [{"max_new_tokens": 5}]]
+    for each in wrong:
+        with pytest.raises(OptionError, match="a GenerationConfig"):
+            generator.complete_batch([PROMPT], config=each)
 
 
-def test_ids_cannot_honour_stop_strings_and_say_so() -> None:
-    with pytest.raises(OptionError, match="stop_strings"):
-        saying("yes").tokens(PROMPT, stop_strings="e")
+@pytest.mark.parametrize("option", [{"stop_strings": "e"}, {"logprobs": True}, {"top_logprobs": 2}])
+def test_ids_cannot_honour_what_is_of_texts_and_say_so(option: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(option))):
+        saying("yes").tokens(PROMPT, **option)
+
+
+def test_a_text_is_not_taken_for_a_list_of_its_characters() -> None:
+    generator: Any = saying("yes")
+    calls = [
+        lambda: generator.generate_batch(PROMPT),
+        lambda: generator.classify_batch(PROMPT, ["a", "b"]),
+        lambda: generator.answer_batch(PROMPT),
+        lambda: generator.score(PROMPT, " yes"),
+        lambda: generator.embed(PROMPT),
+    ]
+    for call in calls:
+        with pytest.raises(PromptError, match="a list of"):
+            call()
+
+
+def test_ends_beyond_the_vocabulary_are_refused() -> None:
+    tokenizer = byte_tokenizer().ending_with([VOCAB])
+    with pytest.raises(BundleError, match=f"found {VOCAB}"):
+        Generator.from_parts(FakeDecoder(noise), tokenizer)
+
+
+def test_room_for_more_than_memory_could_hold_is_no_matter() -> None:
+    stream = babbling().stream("x", max_new_tokens=1 << 31, context_overflow="slide", top_k=3)
+    assert len([next(stream) for _ in range(100)]) == 100
+    stream.close()
 
 
 def test_bad_words_beyond_the_vocabulary_are_refused() -> None:

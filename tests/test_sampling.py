@@ -73,6 +73,16 @@ def test_typical_p_can_drop_the_most_likely() -> None:
     assert kept(sampling.typical_p(logits, 0.5)) == [1, 2, 3, 4]
 
 
+def test_no_function_hides_that_there_is_no_number() -> None:
+    """What is banned altogether, or is NaN, is so behind it."""
+    nothing = np.full(4, -np.inf, np.float32)
+    broken = np.array([0, np.nan, 1, 2], np.float32)
+    for logits in (nothing, broken):
+        for warp in (sampling.typical_p, sampling.top_p, sampling.min_p):
+            with pytest.raises(FidelityError), np.errstate(invalid="ignore"):
+                sampling.sample(warp(logits, 0.5), 1)
+
+
 def test_repetition_penalty_pushes_down_on_both_sides_of_zero() -> None:
     logits = array(2, -2, 2, -2)
     assert sampling.repetition_penalty(logits, history(0, 1, 0), 2.0).tolist() == [1, -4, 2, -2]
