@@ -137,21 +137,10 @@ class GPT(nn.Module):
         self._initialize()
 
     def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        attend: Attend | None = None,
-        keep: Tensor | None = None,
+        self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
-        """Logits [batch, kept, vocab] for ids [batch, seq].
-
-        `keep` [1] asks for the last so many positions only (0: all), since the head is a third
-        of a small model's work.
-        """
-        states = self.states(self.embed(ids, positions), attend)
-        if keep is not None:
-            states = keep_last(states, keep)  # [batch, kept, n_embd]
-        logits: Tensor = self.lm_head(self.to_head(states))
+        """Logits [batch, seq, vocab] for ids [batch, seq]."""
+        logits: Tensor = self.lm_head(self.hidden(ids, positions, attend))
         return logits
 
     def hidden(
@@ -197,14 +186,6 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
-
-
-def keep_last(x: Tensor, keep: Tensor) -> Tensor:
-    """The last `keep` [1] positions of x [batch, seq, n]; all of them where `keep` is 0.
-
-    `x[:, -0:]` is all of x, so one slice serves both; its bound stays a tensor in the graph.
-    """
-    return x[:, -keep.item() :]
 
 
 class CausalAttention:

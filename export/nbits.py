@@ -252,8 +252,8 @@ def save_graph(graph: ir.Model, folder: Path) -> None:
 
 
 def _forget_its_making(model: ir.Model) -> None:
-    """Two thirds of a graph's bytes are the exporter's notes, with the paths of the machine, and
-    shapes that onnxruntime infers by itself."""
+    """What other exporters note, with the paths of the machine, and shapes that onnxruntime infers
+    by itself: two thirds of the bytes of such a graph."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     kept = {*model.graph.inputs, *model.graph.outputs}

@@ -17,6 +17,7 @@ import torch
 
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
+from export.graph import build_graph
 from export.model import GPT
 from export.nbits import SCALES_SUFFIX
 from export.options import ConvertOptions
@@ -69,6 +70,20 @@ def test_the_fp32_graph_gives_pytorchs_logits_whole_in_chunks_and_in_single_step
             found.append(decoder.run(ids[:, start : start + size], cache, keep=0).copy())
             start += size
         np.testing.assert_allclose(np.concatenate(found, axis=1), wanted, atol=1e-4)
+
+
+def test_a_graph_has_a_node_for_each_thing_that_the_model_does_under_its_modules_name() -> None:
+    model = scrambled(GPT2_SHAPE)
+    nodes = [node.name for node in build_graph(model).graph]
+    assert len(nodes) == len(set(nodes))
+    assert (
+        nodes.count("model.h.1.mlp.c_fc/MatMul")
+        == nodes.count("model.ln_f/LayerNormalization")
+        == 1
+    )
+    model.h[1].mlp = torch.nn.Sequential(torch.nn.ELU())
+    with pytest.raises(NotImplementedError, match="elu"):
+        build_graph(model)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
