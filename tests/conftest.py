@@ -9,6 +9,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from export.tokenization import TokenizerConfig, special_ids, train_tokenizer
 from export.train import train
 from gptrt.architecture import ModelConfig
 from gptrt.cli import main as gptrt
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
