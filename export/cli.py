@@ -34,7 +34,7 @@ for _command in (cli_tasks.finetune, cli_tasks.evaluate, cli_tasks.estimate):
 
 
 @main.command()
-@click.option("--preset", help="A shape and a way to train it; `presets` lists them.")
+@click.option("--preset", help="A shape and a way to train it, by name or in a .json.")
 @click.option("--data", multiple=True, type=PATH, help="Text files or folders; may be repeated.")
 @click.option("--valid", multiple=True, type=PATH, help="Validation text; else a share of --data.")
 @click.option("--out", required=True, type=PATH, help="The run folder.")
@@ -114,12 +114,19 @@ def train(
 
 
 @main.command()
-def presets() -> None:
-    """List the presets."""
-    from .presets import load_preset, preset_names
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List the presets, or print one, to begin a .json of your own with.
 
-    for name in preset_names():
-        click.echo(f"{name:16} {load_preset(name).about}")
+    gptrt-export presets nano-char > mine.json
+    """
+    from .presets import load_preset, preset_file, preset_names
+
+    if name is not None:
+        click.echo(preset_file(name).read_text("utf-8"), nl=False)
+        return
+    for each in preset_names():
+        click.echo(f"{each:16} {load_preset(each).about}")
 
 
 @main.command()

@@ -36,11 +36,20 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> Preset:
-    """A preset by name. Raises CheckpointError, listing the names there are."""
+    """A preset by name, or of one's own in a JSON file. Raises CheckpointError."""
+    path = preset_file(name)
+    value = read_json(path, error=CheckpointError)
+    return decode(Preset, value, error=CheckpointError, source=str(path), do="correct the preset")
+
+
+def preset_file(name: str) -> Path:
+    """Where a preset stands. Raises CheckpointError, listing the names there are."""
+    if name.endswith(".json"):
+        return Path(name)
     if name not in preset_names():
         raise CheckpointError(
-            f"a preset ({', '.join(preset_names())})", found=repr(name), do="choose one of these"
+            f"a preset ({', '.join(preset_names())}) or the path of one, ending in .json",
+            found=repr(name),
+            do="choose one of these, or write your own: `gptrt-export presets NAME` shows one",
         )
-    path = preset_folder() / f"{name}.json"
-    value = read_json(path, error=CheckpointError)
-    return decode(Preset, value, error=CheckpointError, source=str(path))
+    return preset_folder() / f"{name}.json"

@@ -271,6 +271,10 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
     binary.write_bytes(b"abc \xff\xfe def")
     empty = tmp_path / "empty.txt"
     empty.write_text("")
+    odd = tmp_path / "odd.json"
+    odd.write_text(
+        run_cli(gptrt_export, "presets", "nano-char").stdout.replace("n_layer", "n_layers")
+    )
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
@@ -279,6 +283,8 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
     refusals = [
         ((*base, *nano, "--data", tmp_path / "nothing"), "no file or folder"),
         ((*base, "--preset", "huge", "--data", text_file), "nano-char"),
+        ((*base, "--preset", tmp_path / "none.json", "--data", text_file), "none.json"),
+        ((*base, "--preset", odd, "--data", text_file), "model.n_layers"),
         ((*base, "--data", text_file), "--preset"),
         ((*base, *nano), "--data"),
         ((*base, *nano, "--data", binary), "UTF-8"),
@@ -298,6 +304,18 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         assert not out.exists(), arguments
         assert not list(tmp_path.glob(".*")), arguments
     assert (taken / "mine.txt").read_text() == "mine"
+
+
+def test_a_preset_of_ones_own_is_trained(text_file: Path, tmp_path: Path) -> None:
+    preset = json.loads(run_cli(gptrt_export, "presets", "nano-char").stdout)
+    preset["model"] |= {"n_layer": 1, "n_embd": 32, "n_inner": 48}
+    preset["train"] |= {"seq_len": 32, "max_steps": 2, "eval_tokens": 64}
+    (tmp_path / "mine.json").write_text(json.dumps(preset))
+    given = ("--preset", tmp_path / "mine.json", "--data", text_file)
+    result = run_cli(gptrt_export, "train", *given, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    shape = open_run(tmp_path / "run").config.model
+    assert (shape.n_layer, shape.n_embd, shape.n_inner) == (1, 32, 48)
 
 
 def test_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
