@@ -88,12 +88,11 @@ def longest_answer(examples: Sequence[Example], tokenizer: Inner) -> int:
 
 
 def count_rows(plan: ExamplePlan, tokenizer: Inner, length: int) -> int:
-    """How many rows of `length` ids an epoch takes, about."""
-    words, lengths = Tokenizer(tokenizer), []
-    for example in plan.train:
-        prompt = len(words.encode(plan.task.write(example.fields)))
-        lengths += [prompt + len(words.encode(answer_text(a))) for a in example.answers]
-    return len(_packed(range(len(lengths)), [min(n, length) for n in lengths], length))
+    """How many rows of `length` ids an epoch takes, about. Raises DataError as `write_examples`."""
+    words, end = Tokenizer(tokenizer), _PAD  # which id ends an answer makes no difference
+    pieces = _pieces(plan.train, plan.task, words=words, end=end, length=length)
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer, _ in pieces]
+    return len(_packed(range(len(lengths)), lengths, length))
 
 
 def write_table(target: Path, examples: Sequence[Example]) -> None:
@@ -122,33 +121,40 @@ def write_examples(
     """
     ids: list[int] = []
     table: list[tuple[int, int, int]] = []  # begin, begin of the answer, number of its label
-    faults = []
+    for prompt, answer, label in _pieces(examples, task, words=words, end=end, length=length):
+        table.append((len(ids), len(ids) + len(prompt), label))
+        ids += [*prompt, *answer]
+    np.save(_table_of(target), np.array(table, np.int64))
+    save_ids(np.array(ids, np.int64), target)
+    return len(ids)
+
+
+def _pieces(
+    examples: Sequence[Example], task: Task, *, words: Tokenizer, end: int, length: int
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """Prompt, answer and number of its label, for all that `write_examples` writes."""
+    faults, count = [], 0
     for number, example in enumerate(examples, start=1):
         for text in example.answers:
             if not task.prompt:  # nothing but text, of any length
                 whole = [*words.encode(text), end]
-                starts = range(0, len(whole) - 1, length)
-                pieces = [(list[int](), whole[at : at + length + 1]) for at in starts]
-            else:
-                answer = [*words.encode(answer_text(text), whole=False), end]
-                if len(answer) > length:
-                    faults.append(f"example {number} has an answer of {len(answer)} tokens")
-                    continue
-                room = length + 1 - len(answer)
-                pieces = [(task.prompt_ids(example.fields, words.encode, room), answer)]
-            label = task.labels.index(text) if task.labels else 0
-            for prompt, answer in pieces:
-                table.append((len(ids), len(ids) + len(prompt), label))
-                ids += [*prompt, *answer]
-    if faults or not table:
+                for at in range(0, len(whole) - 1, length):
+                    yield [], whole[at : at + length + 1], 0
+                    count += 1
+                continue
+            answer = [*words.encode(answer_text(text), whole=False), end]
+            if len(answer) > length:
+                faults.append(f"example {number} has an answer of {len(answer)} tokens")
+                continue
+            prompt = task.prompt_ids(example.fields, words.encode, length + 1 - len(answer))
+            yield prompt, answer, task.labels.index(text) if task.labels else 0
+            count += 1
+    if faults or not count:
         raise DataError(
             f"answers of at most {length} tokens",
             found="; ".join(faults[:20]) or "no examples",
             do="shorten them, leave them out, or raise seq_len up to the context",
         )
-    np.save(_table_of(target), np.array(table, np.int64))
-    save_ids(np.array(ids, np.int64), target)
-    return len(ids)
 
 
 def has_examples(path: Path) -> bool:

@@ -53,7 +53,7 @@ from gptrt.format import read_manifest
 from gptrt.task import Task
 from gptrt.tokenizer import Tokenizer as Words
 
-from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
 
 TASK = Task("classification", "The {text} king:", ("good", "bad"))
 WORDS = ("old", "young", "wise", "merry", "silent")
@@ -201,6 +201,19 @@ def test_an_epoch_has_every_example_once_and_rows_are_full(written: Path) -> Non
     assert (again.inputs == batch.inputs).all()
     other = found.batch(1, rows).inputs  # the next epoch
     assert other.shape != batch.inputs.shape or (other != batch.inputs).any()
+
+
+def test_an_epoch_of_long_texts_has_all_of_their_rows(run: Run, tmp_path: Path) -> None:
+    table = tmp_path / "texts.txt"
+    table.write_text("".join(f"{n} {story(12)}\n" for n in range(40)))
+    settings = {"seq_len": "64", "batch_size": "1"}
+    plan = plan_finetuning("lm", run.path, Tables([table]), epochs=4, settings=settings)
+    assert plan.examples is not None and isinstance(plan.start, Checkpoint)
+    assert plan.start.tokenizer is not None
+    plan.examples.write(tmp_path, plan.start.tokenizer, plan.start.special, 64)
+    rows = Examples.open(tmp_path / "train.bin", 64).rows_per_epoch()
+    assert rows > 5 * len(plan.examples.train)
+    assert plan.train.max_steps == pytest.approx(4 * rows, rel=0.05)
 
 
 def test_only_answers_count_unless_prompts_are_asked_for(written: Path) -> None:
