@@ -112,6 +112,11 @@ def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_p
         (("--lora-alpha", 4), ("--lora-rank",)),
         (("--lora-rank", 2, "--lora-target", "wte"), ("wte", "attn.c_attn")),
         (("--set", "seq_len=2"), ("answers of at most 2",)),
+        (("--set", "seq_len=65"), ("seq_len of at most 64",)),
+        (
+            ("--task", "lm", "--column", "answer=text", "--set", "prompt_share=0.5"),
+            ("--prompt", "prompt_share"),
+        ),
         (("--valid-share", 0), ("validate by",)),
     ],
 )

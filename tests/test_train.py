@@ -264,7 +264,7 @@ def test_gpt2_style_merges_and_vocabulary_make_a_tokenizer(tmp_path: Path) -> No
 
 
 def test_wrong_input_to_train_is_refused_and_writes_nothing(
-    text_file: Path, tmp_path: Path
+    run: Run, text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     binary = tmp_path / "binary.txt"
@@ -288,6 +288,9 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         else ((*base, *nano), "--data"),
         ((*base, *nano, "--data", text_file, "--set", "dropout=7"), "dropout"),
         ((*base, *nano, "--data", text_file, "--set", "speed=7"), "speed"),
+        ((*base, *nano, "--data", text_file, "--set", "seq_len=128"), "at most 64"),
+        ((*base, "--from", run.path, "--data", text_file, "--set", "seq_len=65"), "at most 64"),
+        ((*base, *nano, "--data", text_file, "--set", "prompt_share=0.5"), "prompt_share"),
         ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
         ((*base, *nano, "--data", text_file, "--tokenizer", tmp_path), "tokenizer.json"),
         (("train", "--out", taken, *nano, "--data", text_file), "there already"),
