@@ -21,6 +21,7 @@ Ids = NDArray[np.int64]
 TRAIN_IDS, VALID_IDS = "train.bin", "valid.bin"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 _PIECE = 1 << 20  # characters read at a time
+_UNCUT = 2  # so many of them are cut somewhere, even if nothing tells words apart
 
 _DTYPE = np.dtype("<u4")  # one width for every vocabulary: simple, and the disk is patient
 
@@ -48,14 +49,18 @@ def read_pieces(path: Path) -> Iterator[str]:
     """The text of a file in pieces of about a megabyte, each ending where a word ends.
 
     Cut before a single space between two words, a place where byte-level BPE cuts in any case,
-    so that the pieces have the same tokens as the whole. Raises DataError if it is not UTF-8.
+    so that the pieces have the same tokens as the whole. Megabytes without such a place are cut
+    after a line, or where they are: there the tokens may differ from those of the whole, by one or
+    so a cut. Raises DataError if it is not UTF-8.
     """
     rest = ""
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             while more := stream.read(_PIECE):
                 text = rest + more
-                cut = _last_word_gap(text)
+                cut = _last_gap(text, max(0, len(rest) - 2))  # the rest itself has none
+                if not cut and len(text) >= _UNCUT * _PIECE:
+                    cut = _last_line(text) or len(text)
                 rest = text[cut:]
                 if cut:
                     yield text[:cut]
@@ -71,12 +76,22 @@ def read_pieces(path: Path) -> Iterator[str]:
         yield rest
 
 
-def _last_word_gap(text: str) -> int:
-    """Where the last ' x' with a non-space on both sides begins; 0 if there is none."""
+def _last_gap(text: str, begin: int) -> int:
+    """Where the last ' x' with a non-space on both sides begins, after `begin`; 0 if there is
+    none."""
     at = len(text) - 1
-    while (at := text.rfind(" ", 1, at)) > 0:
+    while (at := text.rfind(" ", begin + 1, at)) > 0:
         if not text[at - 1].isspace() and not text[at + 1].isspace():
             return at
+    return 0
+
+
+def _last_line(text: str) -> int:
+    """Where the last line begins that does so with a non-space; 0 if there is none."""
+    at = len(text) - 1
+    while (at := text.rfind("\n", 0, at)) >= 0:
+        if not text[at + 1].isspace():
+            return at + 1
     return 0
 
 

@@ -212,20 +212,40 @@ def wait_until(holds) -> None:  # type: ignore[no-untyped-def]
 # --- data -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        story(60) + "\n\n  “Curly” and naïve — 漢字!\r\n" + story(20),
+        story(20).replace(" ", "\n") + "one  word\n  a line\r\n\r\n" + "漢字かな" * 20 + story(2),
+    ],
+)
 def test_ids_of_a_file_read_in_pieces_are_those_of_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    text = story(60) + "\n\n  “Curly” and naïve — 漢字!\r\n" + story(20)
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
     tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [text])
     monkeypatch.setattr("export.data._PIECE", 97)
-    assert "".join(read_pieces(path)) == text
+    pieces = list(read_pieces(path))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 3 * 97
     end = tokenizer.token_to_id("<|endoftext|>")
     count, _ = tokenize([path], tokenizer, tmp_path / "ids.bin", end=end)
     ids = open_ids(tmp_path / "ids.bin").tolist()
     assert ids == [*tokenizer.encode(text).ids, end]
     assert count == len(ids)
+
+
+def test_text_in_which_nothing_parts_words_is_never_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "漢字かな" * 200
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("export.data._PIECE", 97)
+    pieces = list(read_pieces(path))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 2 * 97
 
 
 def test_held_out_ids_are_not_trained_on(tmp_path: Path) -> None:
