@@ -202,12 +202,7 @@ class Windows:
     seed: int
 
     def __post_init__(self) -> None:
-        if len(self.ids) <= self.length:
-            raise DataError(
-                f"more than {self.length} tokens",
-                found=f"{len(self.ids)}",
-                do="give more text, or a preset with a shorter context",
-            )
+        check_count(len(self.ids), self.length)
 
     @property
     def per_epoch(self) -> int:
@@ -227,6 +222,16 @@ class Windows:
     @property
     def _slack(self) -> int:
         return len(self.ids) - 1 - self.per_epoch * self.length
+
+
+def check_count(count: int, length: int) -> None:
+    """Raises DataError for so few ids that not one window can be taken from them."""
+    if count <= length:
+        raise DataError(
+            f"more than {length} tokens",
+            found=f"{count}",
+            do="give more text, or a preset with a shorter context",
+        )
 
 
 @lru_cache(maxsize=4)

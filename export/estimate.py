@@ -140,11 +140,11 @@ def _plan_texts(
     folder: Path,
 ) -> RunPlan:
     """Without texts the plan names one that only stands in."""
+    if texts:
+        return plan_run(preset, checkpoint, list(texts), [], device, settings)
     stand_in = folder / "stand-in.txt"
     stand_in.touch()
-    plan = plan_run(preset, checkpoint, list(texts) or [stand_in], [], device, settings)
-    if texts:
-        return plan
+    plan = plan_run(preset, checkpoint, [stand_in], [stand_in], device, settings)
     if isinstance(plan.start, Checkpoint):
         tokenizer, vocab_size = plan.start.tokenizer, plan.start.config.vocab_size
     else:
@@ -152,7 +152,10 @@ def _plan_texts(
     if tokenizer is None:
         tokenizer = _number_tokenizer(vocab_size)
         plan = replace(plan, tokenizer=tokenizer)
-    stand_in.write_text(tokenizer.decode(list(range(min(vocab_size, _PLACEHOLDER)))) * 40)
+    ids = list(range(min(vocab_size, _PLACEHOLDER)))
+    sample = tokenizer.decode(ids, skip_special_tokens=False)
+    repeats = 2 + 2 * plan.train.seq_len // max(1, len(tokenizer.encode(sample).ids))
+    stand_in.write_text(sample * repeats)
     return plan
 
 
