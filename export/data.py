@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -240,12 +241,17 @@ def _epoch_order(seed: int, epoch: int, count: int, slack: int) -> tuple[int, ND
     return int(random.integers(slack + 1)), random.permutation(count).astype(np.uint32)
 
 
-def in_order(ids: NDArray[np.uint32], length: int, size: int) -> Iterator[Ids]:
-    """All whole windows of `ids` one after another, [up to size, length + 1] at a time."""
-    count = (len(ids) - 1) // length
+def in_order(
+    ids: NDArray[np.uint32], length: int, size: int, tokens: int = sys.maxsize
+) -> Iterator[Ids]:
+    """Whole windows of `ids`, [up to size, length + 1] at a time: all, or from all over so many
+    full batches as hold `tokens`."""
+    fitting = (len(ids) - 1) // length
+    count = min(fitting, size * -(-tokens // (length * size)))
+    starts = [n * fitting // count * length for n in range(count)]
     for first in range(0, count, size):
-        starts = range(first * length, min(first + size, count) * length, length)
-        yield np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64)
+        windows = [ids[s : s + length + 1] for s in starts[first : first + size]]
+        yield np.stack(windows).astype(np.int64)
 
 
 def spread_windows(ids: NDArray[np.uint32], length: int, tokens: int) -> Ids:

@@ -201,16 +201,24 @@ class Examples:
     def __len__(self) -> int:
         return len(self.table)
 
-    def batch(self, step: int, size: int) -> Batch:
-        """`size` rows of a step, counted from 0."""
-        first = step * size
-        return self._batch([self._row(n) for n in range(first, first + size)])
-
-    def in_order(self, size: int) -> Iterator[Batch]:
-        """Every example once, up to `size` rows at a time."""
-        rows = _packed(range(len(self)), self.lengths, self.length)
+    def batches(self, step: int, size: int, count: int) -> Iterator[Batch]:
+        """A step, counted from 0, as `count` batches of `size` rows: the mean of their losses is
+        the loss of all these rows."""
+        begin = step * size * count
+        rows = [self._row(n) for n in range(begin, begin + size * count)]
+        answers, prompts = self._totals(rows)
         for first in range(0, len(rows), size):
-            yield self._batch(rows[first : first + size])
+            yield self._batch(rows[first : first + size], (answers / count, prompts / count))
+
+    def in_order(self, size: int, tokens: int = sys.maxsize) -> Iterator[Batch]:
+        """Up to `size` rows at a time: every example once, or from all over so many full batches
+        as have `tokens` of answers."""
+        rows = _packed(range(len(self)), self.lengths, self.length)
+        answers = sum(self.lengths) - sum(self.prompts)
+        count = min(len(rows), size * -(-tokens * len(rows) // (answers * size)))
+        chosen = [rows[n * len(rows) // count] for n in range(count)]
+        for first in range(0, count, size):
+            yield self._batch(chosen[first : first + size])
 
     def one_by_one(self, tokens: int, size: int) -> Iterator[Batch]:
         """Examples from all over the file that take about `tokens` inputs, or all of them: up to
@@ -229,7 +237,13 @@ class Examples:
     def lengths(self) -> tuple[int, ...]:
         """Inputs that each example takes: one less than its ids."""
         ends = [*self.table[1:, 0].tolist(), len(self.ids)]
-        return tuple(end - begin - 1 for begin, end in zip(self.table[:, 0], ends, strict=True))
+        begins = self.table[:, 0].tolist()
+        return tuple(end - begin - 1 for begin, end in zip(begins, ends, strict=True))
+
+    @cached_property
+    def prompts(self) -> tuple[int, ...]:
+        """Of these, those whose next id is of the prompt."""
+        return tuple(np.maximum(0, self.table[:, 1] - self.table[:, 0] - 1).tolist())
 
     def _row(self, number: int) -> list[int]:
         epoch = 0
@@ -245,36 +259,43 @@ class Examples:
             self._epochs[epoch] = _packed(order.tolist(), self.lengths, self.length)
         return self._epochs[epoch]
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _batch(
+        self, rows: Sequence[Sequence[int]], totals: tuple[float, float] | None = None
+    ) -> Batch:
+        """Answers weigh 1 together and prompts `prompt_share`, where `totals` are their own."""
+        answers, prompts = totals or self._totals(rows)
         width = max(sum(self.lengths[n] for n in row) for row in rows)
         shape = (len(rows), width)
         inputs, targets = np.full(shape, _PAD, np.int64), np.full(shape, IGNORED, np.int64)
         segments, positions = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-        answers, prompts = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        shares = np.zeros(shape, np.float32)
         for r, row in enumerate(rows):
             at = 0
             for segment, n in enumerate(row):
-                begin, answer, label = self.table[n].tolist()
-                size = self.lengths[n]
+                begin, _, label = self.table[n].tolist()
+                size, prompt = self.lengths[n], self.prompts[n]
                 own = slice(at, at + size)
                 text = self.ids[begin : begin + size + 1].astype(np.int64)
                 inputs[r, own], targets[r, own] = text[:-1], text[1:]
                 segments[r, own], positions[r, own] = segment, np.arange(size)
-                first = max(0, answer - begin - 1)  # of the inputs, the first whose target counts
-                answers[r, at + first : at + size] = self._weight(label)
-                prompts[r, at : at + first] = self.prompt_share
+                if prompt:
+                    shares[r, at : at + prompt] = self.prompt_share / prompts
+                shares[r, at + prompt : at + size] = self._weight(label) / answers
                 at += size
-        shares = _shares(answers, 1.0) + _shares(prompts, self.prompt_share)
         targets[shares == 0] = IGNORED
         return Batch(inputs, targets, shares, segments, positions)
 
+    def _totals(self, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
+        """The weights of all ids of answers, and the number of those of prompts."""
+        numbers = [n for row in rows for n in row]
+        answers = sum(
+            (self.lengths[n] - self.prompts[n]) * self._weight(int(self.table[n, 2]))
+            for n in numbers
+        )
+        return answers, float(sum(self.prompts[n] for n in numbers))
+
     def _weight(self, label: int) -> float:
         return self.class_weights[label] if self.class_weights else 1.0
-
-
-def _shares(weights: NDArray[np.float32], total: float) -> NDArray[np.float32]:
-    """The weights, scaled to that sum."""
-    return weights * np.float32(total / max(float(weights.sum(dtype=np.float64)), 1e-9))
 
 
 def _packed(order: Sequence[int], lengths: Sequence[int], length: int) -> list[list[int]]:

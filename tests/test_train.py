@@ -22,6 +22,7 @@ from export.cli import main as gptrt_export
 from export.data import Windows, open_ids, read_pieces, tokenize
 from export.progress import ProgressBar
 from export.runs import Run, create_run, open_run
+from export.start import plan_run
 from export.tokenization import TokenizerConfig, train_tokenizer
 from export.train import train
 from gptrt.errors import TrainingError
@@ -142,6 +143,19 @@ def test_what_cannot_be_compiled_is_refused(
     rounding = run_cli(gptrt_export, *asked, "--from", run.path, "--quantize", "int4")
     assert_refused(rounding, "compile=true", "--quantize")
     assert not out.exists()
+
+
+def test_a_run_is_judged_by_all_of_its_held_out_texts(
+    run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    strange = tmp_path / "strange.txt"
+    strange.write_text("Zq 7x! " * 2000)
+    settings = {"eval_tokens": "512", "batch_size": "2", "max_steps": "0"}
+    found = []
+    for name, held_out in (("one", [text_file]), ("two", [text_file, strange])):
+        plan = plan_run(None, run.path, [text_file], held_out, "cpu", settings)
+        found.append(train(create_run(tmp_path / name, plan), QUIET).best_loss)
+    assert found[1] > 2 * found[0]
 
 
 def test_validation_that_no_longer_gains_ends_the_run(text_file: Path, tmp_path: Path) -> None:
