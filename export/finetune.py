@@ -97,10 +97,12 @@ def plan_finetuning(
         read_examples(paths, task, tables) for paths in (tables.data, tables.valid, tables.test)
     )
     task = _with_labels(task, train)
+    left = 1.0
     if not tables.test:
         test, train = split(train, tables.test_share)
-    if not tables.valid:  # of what is left, so many that they are that share of all
-        valid, train = split(train, tables.valid_share / (1 - tables.test_share))
+        left -= tables.test_share
+    if not tables.valid:  # so many that they are that share of all
+        valid, train = split(train, tables.valid_share / left)
     for name, part in (("train on", train), ("validate by", valid)):
         if not part:
             raise DataError(f"examples to {name}", found="none", do="give more, or other shares")

@@ -166,6 +166,19 @@ def test_a_split_does_not_depend_on_the_order() -> None:
     assert one == other
 
 
+@pytest.mark.parametrize(("own_test", "parts"), [(False, (50, 60, 90)), (True, (140, 60, 200))])
+def test_shares_are_of_all_that_is_split(
+    run: Run, reviews: Path, own_test: bool, parts: tuple[int, ...]
+) -> None:
+    test = [reviews] if own_test else []
+    tables = Tables(
+        *([reviews], (), test), columns={"answer": "label"}, valid_share=0.3, test_share=0.45
+    )
+    found = plan_finetuning("classification", run.path, tables).examples
+    assert found is not None
+    assert (len(found.train), len(found.valid), len(found.test)) == parts
+
+
 def test_balanced_weights_give_every_label_the_same_say() -> None:
     some = [Example({"text": "x"}, (a,)) for a in ["good"] * 30 + ["bad"] * 10]
     weights = balanced_weights(TASK, some)
