@@ -112,7 +112,7 @@ def finetune(
         given = pairs("--set", settings)
         if only_estimate:
             limit = {} if max_time is None else {"max_time": str(max_time)}
-            _tell(estimate(tables_request(partial(plan, settings=given | limit))))
+            _tell(estimate(tables_request(partial(plan, settings=given | limit), task_metric)))
             return
         with ProgressBar("preparing") as bar:
             run = create_run(out, plan(settings=given), bar.update)

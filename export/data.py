@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ Ids = NDArray[np.int64]
 TRAIN_IDS, VALID_IDS = "train.bin", "valid.bin"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 _PIECE = 1 << 20  # characters read at a time
+_UNCUT = 2  # so many of them are cut somewhere, even if nothing tells words apart
 
 _DTYPE = np.dtype("<u4")  # one width for every vocabulary: simple, and the disk is patient
 
@@ -48,14 +50,18 @@ def read_pieces(path: Path) -> Iterator[str]:
     """The text of a file in pieces of about a megabyte, each ending where a word ends.
 
     Cut before a single space between two words, a place where byte-level BPE cuts in any case,
-    so that the pieces have the same tokens as the whole. Raises DataError if it is not UTF-8.
+    so that the pieces have the same tokens as the whole. Megabytes without such a place are cut
+    after a line, or where they are: there the tokens may differ from those of the whole, by one or
+    so a cut. Raises DataError if it is not UTF-8.
     """
     rest = ""
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             while more := stream.read(_PIECE):
                 text = rest + more
-                cut = _last_word_gap(text)
+                cut = _last_gap(text, max(0, len(rest) - 2))  # the rest itself has none
+                if not cut and len(text) >= _UNCUT * _PIECE:
+                    cut = _last_line(text) or len(text)
                 rest = text[cut:]
                 if cut:
                     yield text[:cut]
@@ -71,12 +77,22 @@ def read_pieces(path: Path) -> Iterator[str]:
         yield rest
 
 
-def _last_word_gap(text: str) -> int:
-    """Where the last ' x' with a non-space on both sides begins; 0 if there is none."""
+def _last_gap(text: str, begin: int) -> int:
+    """Where the last ' x' with a non-space on both sides begins, after `begin`; 0 if there is
+    none."""
     at = len(text) - 1
-    while (at := text.rfind(" ", 1, at)) > 0:
+    while (at := text.rfind(" ", begin + 1, at)) > 0:
         if not text[at - 1].isspace() and not text[at + 1].isspace():
             return at
+    return 0
+
+
+def _last_line(text: str) -> int:
+    """Where the last line begins that does so with a non-space; 0 if there is none."""
+    at = len(text) - 1
+    while (at := text.rfind("\n", 0, at)) >= 0:
+        if not text[at + 1].isspace():
+            return at + 1
     return 0
 
 
@@ -187,12 +203,7 @@ class Windows:
     seed: int
 
     def __post_init__(self) -> None:
-        if len(self.ids) <= self.length:
-            raise DataError(
-                f"more than {self.length} tokens",
-                found=f"{len(self.ids)}",
-                do="give more text, or a preset with a shorter context",
-            )
+        check_count(len(self.ids), self.length)
 
     @property
     def per_epoch(self) -> int:
@@ -214,18 +225,33 @@ class Windows:
         return len(self.ids) - 1 - self.per_epoch * self.length
 
 
+def check_count(count: int, length: int) -> None:
+    """Raises DataError for so few ids that not one window can be taken from them."""
+    if count <= length:
+        raise DataError(
+            f"more than {length} tokens",
+            found=f"{count}",
+            do="give more text, or a preset with a shorter context",
+        )
+
+
 @lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, count: int, slack: int) -> tuple[int, NDArray[np.uint32]]:
     random = np.random.default_rng([seed, epoch])
     return int(random.integers(slack + 1)), random.permutation(count).astype(np.uint32)
 
 
-def in_order(ids: NDArray[np.uint32], length: int, size: int) -> Iterator[Ids]:
-    """All whole windows of `ids` one after another, [up to size, length + 1] at a time."""
-    count = (len(ids) - 1) // length
+def in_order(
+    ids: NDArray[np.uint32], length: int, size: int, tokens: int = sys.maxsize
+) -> Iterator[Ids]:
+    """Whole windows of `ids`, [up to size, length + 1] at a time: all, or from all over so many
+    full batches as hold `tokens`."""
+    fitting = (len(ids) - 1) // length
+    count = min(fitting, size * -(-tokens // (length * size)))
+    starts = [n * fitting // count * length for n in range(count)]
     for first in range(0, count, size):
-        starts = range(first * length, min(first + size, count) * length, length)
-        yield np.stack([ids[s : s + length + 1] for s in starts]).astype(np.int64)
+        windows = [ids[s : s + length + 1] for s in starts[first : first + size]]
+        yield np.stack(windows).astype(np.int64)
 
 
 def spread_windows(ids: NDArray[np.uint32], length: int, tokens: int) -> Ids:

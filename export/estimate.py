@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,7 +36,7 @@ from .progress import ProgressBar
 from .runs import Run, RunPlan, create_run, tokens_per_step
 from .scaling import LAW, RULE_OF_THUMB, cheapest_to_serve, effective_tokens
 from .start import plan_run
-from .train import Trainer
+from .train import Metric, Trainer
 
 T = TypeVar("T")
 
@@ -52,10 +53,12 @@ class Request:
     another one; and a few steps to measure (0: none).
 
     `inference_tokens` are those that the model will read and write in its life. The steps read what
-    the plan names, or `random_ids`.
+    the plan names, or `random_ids`. `metric` gives that of the run's task, which evaluations take
+    as well.
     """
 
     plan: Planner
+    metric: Callable[[Run], Metric | None] | None = None
     random_ids: bool = False
     target_tokens: int | None = None
     inference_tokens: int | None = None
@@ -122,9 +125,12 @@ def texts_request(
     return Request(plan, random_ids=not texts, **limits)
 
 
-def tables_request(plan: Callable[[], RunPlan], **limits: Any) -> Request:
-    """Of a fine-tuning that `plan` plans; another process must be able to call it, too."""
-    return Request(partial(_plan_tables, plan), **limits)
+def tables_request(
+    plan: Callable[[], RunPlan], metric: Callable[[Run], Metric | None], **limits: Any
+) -> Request:
+    """Of a fine-tuning that `plan` plans and `metric` judges; another process must be able to call
+    both, too."""
+    return Request(partial(_plan_tables, plan), metric, **limits)
 
 
 def _plan_tables(plan: Callable[[], RunPlan], _folder: Path) -> RunPlan:
@@ -140,11 +146,11 @@ def _plan_texts(
     folder: Path,
 ) -> RunPlan:
     """Without texts the plan names one that only stands in."""
+    if texts:
+        return plan_run(preset, checkpoint, list(texts), [], device, settings)
     stand_in = folder / "stand-in.txt"
     stand_in.touch()
-    plan = plan_run(preset, checkpoint, list(texts) or [stand_in], [], device, settings)
-    if texts:
-        return plan
+    plan = plan_run(preset, checkpoint, [stand_in], [stand_in], device, settings)
     if isinstance(plan.start, Checkpoint):
         tokenizer, vocab_size = plan.start.tokenizer, plan.start.config.vocab_size
     else:
@@ -152,7 +158,10 @@ def _plan_texts(
     if tokenizer is None:
         tokenizer = _number_tokenizer(vocab_size)
         plan = replace(plan, tokenizer=tokenizer)
-    stand_in.write_text(tokenizer.decode(list(range(min(vocab_size, _PLACEHOLDER)))) * 40)
+    ids = list(range(min(vocab_size, _PLACEHOLDER)))
+    sample = tokenizer.decode(ids, skip_special_tokens=False)
+    repeats = 2 + 2 * plan.train.seq_len // max(1, len(tokenizer.encode(sample).ids))
+    stand_in.write_text(sample * repeats)
     return plan
 
 
@@ -192,7 +201,8 @@ class _Measured:
 
     steps: int
     step_s: float
-    evaluation_s: float
+    evaluation_s: float  # without the task's metric, whose time does not count as training
+    metric_s: float
     peak_bytes: int
     device_peak_bytes: int | None
     checkpoint_bytes: int
@@ -207,7 +217,10 @@ def _measured(request: Request, folder: Path) -> Estimate:
             _fill_with_random_ids(run, request.steps)
         else:
             counts = len(open_ids(run.train_ids)), len(open_ids(run.valid_ids))
-        measured = _take_steps(run, request.steps, counts, bar) if request.steps else None
+        measured = None
+        if request.steps:
+            metric = None if request.metric is None else request.metric(run)
+            measured = _take_steps(run, request.steps, counts, metric, bar)
     return _estimate(request, plan, counts, measured)
 
 
@@ -222,28 +235,34 @@ def _fill_with_random_ids(run: Run, steps: int) -> None:
 
 
 def _take_steps(
-    run: Run, steps: int, counts: tuple[int, int] | None, bar: ProgressBar
+    run: Run,
+    steps: int,
+    counts: tuple[int, int] | None,
+    metric: Metric | None,
+    bar: ProgressBar,
 ) -> _Measured:
-    """A step that warms up, then those that count; a batch of an evaluation; a checkpoint."""
+    """A step that warms up, then those that count; a batch of an evaluation, with the whole metric;
+    a checkpoint."""
     train = run.config.train
     batch = train.seq_len * train.batch_size
     one_batch = replace(train, eval_tokens=1)
-    trainer = Trainer(replace(run, config=replace(run.config, train=one_batch)))
+    trainer = Trainer(replace(run, config=replace(run.config, train=one_batch)), metric)
     seconds = []
     for step in range(steps + 1):
         seconds.append(trainer.step()[1])
         bar.update((step + 1) / (steps + 1), f"step {step} of {steps}")
-    before = trainer.state.elapsed_s
+    before, began = trainer.state.elapsed_s, time.perf_counter()
     loss = trainer.evaluate().loss
+    took, batch_s = time.perf_counter() - began, trainer.state.elapsed_s - before
     evaluated = min(train.eval_tokens, counts[1] if counts else train.eval_tokens)
-    evaluation = (trainer.state.elapsed_s - before) * max(1.0, evaluated / batch)
     trainer.save(loss, best=True)
     files = (run.path / run_pointer(run.path)["last"]).iterdir()
     on_gpu = trainer.device.type == "cuda"
     return _Measured(
         steps,
         statistics.median(seconds[1:]),
-        evaluation,
+        batch_s * max(1.0, evaluated / batch),
+        took - batch_s,
         _peak_bytes(),
         torch.cuda.max_memory_reserved() if on_gpu else None,
         sum(file.stat().st_size for file in files),
@@ -276,11 +295,9 @@ def _estimate(
 ) -> Estimate:
     train, (parameters, inner) = plan.train, count_parameters(_shape(plan))
     step_tokens = tokens_per_step(train)
-    step_s = 0.0  # its share of evaluations included
-    if measured is not None:
-        step_s = measured.step_s + measured.evaluation_s / train.eval_every
     planned_steps = train.max_steps
-    if train.max_time is not None and step_s:
+    if train.max_time is not None and measured is not None:
+        step_s = measured.step_s + measured.evaluation_s / train.eval_every
         planned_steps = min(planned_steps, math.ceil(train.max_time / step_s))
     planned, optimal = planned_steps * step_tokens, LAW.optimal_tokens(parameters)
     fine_tuning = isinstance(plan.start, Checkpoint)
@@ -297,7 +314,7 @@ def _estimate(
         target_tokens=target,
         serving=None if demand is None else cheapest_to_serve(parameters, demand),
         data=None if counts is None else _data(counts, planned, target),
-        speed=None if measured is None else _speed(plan, measured, planned_steps, target, step_s),
+        speed=None if measured is None else _speed(plan, measured, planned_steps, target),
     )
 
 
@@ -313,9 +330,7 @@ def _data(counts: tuple[int, int], planned: float, target: float) -> Data:
     )
 
 
-def _speed(
-    plan: RunPlan, measured: _Measured, planned_steps: int, target: float, step_s: float
-) -> Speed:
+def _speed(plan: RunPlan, measured: _Measured, planned_steps: int, target: float) -> Speed:
     step_tokens = tokens_per_step(plan.train)
     return Speed(
         device=plan.device,
@@ -323,10 +338,16 @@ def _speed(
         step_tokens=step_tokens,
         step_s=measured.step_s,
         tokens_s=step_tokens / measured.step_s,
-        evaluation_s=measured.evaluation_s,
-        planned_s=planned_steps * step_s,
-        target_s=target / step_tokens * step_s,
+        evaluation_s=measured.evaluation_s + measured.metric_s,
+        planned_s=_training_s(plan, measured, planned_steps),
+        target_s=_training_s(plan, measured, target / step_tokens),
         peak_bytes=measured.peak_bytes,
         device_peak_bytes=measured.device_peak_bytes,
         checkpoint_bytes=measured.checkpoint_bytes,
     )
+
+
+def _training_s(plan: RunPlan, measured: _Measured, steps: float) -> float:
+    """A run evaluates at its end as well, and what is fine-tuned before it begins."""
+    evaluations = math.ceil(steps / plan.train.eval_every) + isinstance(plan.start, Checkpoint)
+    return steps * measured.step_s + evaluations * (measured.evaluation_s + measured.metric_s)

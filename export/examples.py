@@ -88,12 +88,11 @@ def longest_answer(examples: Sequence[Example], tokenizer: Inner) -> int:
 
 
 def count_rows(plan: ExamplePlan, tokenizer: Inner, length: int) -> int:
-    """How many rows of `length` ids an epoch takes, about."""
-    words, lengths = Tokenizer(tokenizer), []
-    for example in plan.train:
-        prompt = len(words.encode(plan.task.write(example.fields)))
-        lengths += [prompt + len(words.encode(answer_text(a))) for a in example.answers]
-    return len(_packed(range(len(lengths)), [min(n, length) for n in lengths], length))
+    """How many rows of `length` ids an epoch takes, about. Raises DataError as `write_examples`."""
+    words, end = Tokenizer(tokenizer), _PAD  # which id ends an answer makes no difference
+    pieces = _pieces(plan.train, plan.task, words=words, end=end, length=length)
+    lengths = [len(prompt) + len(answer) - 1 for prompt, answer, _ in pieces]
+    return len(_packed(range(len(lengths)), lengths, length))
 
 
 def write_table(target: Path, examples: Sequence[Example]) -> None:
@@ -122,33 +121,40 @@ def write_examples(
     """
     ids: list[int] = []
     table: list[tuple[int, int, int]] = []  # begin, begin of the answer, number of its label
-    faults = []
+    for prompt, answer, label in _pieces(examples, task, words=words, end=end, length=length):
+        table.append((len(ids), len(ids) + len(prompt), label))
+        ids += [*prompt, *answer]
+    np.save(_table_of(target), np.array(table, np.int64))
+    save_ids(np.array(ids, np.int64), target)
+    return len(ids)
+
+
+def _pieces(
+    examples: Sequence[Example], task: Task, *, words: Tokenizer, end: int, length: int
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """Prompt, answer and number of its label, for all that `write_examples` writes."""
+    faults, count = [], 0
     for number, example in enumerate(examples, start=1):
         for text in example.answers:
             if not task.prompt:  # nothing but text, of any length
                 whole = [*words.encode(text), end]
-                starts = range(0, len(whole) - 1, length)
-                pieces = [(list[int](), whole[at : at + length + 1]) for at in starts]
-            else:
-                answer = [*words.encode(answer_text(text), whole=False), end]
-                if len(answer) > length:
-                    faults.append(f"example {number} has an answer of {len(answer)} tokens")
-                    continue
-                room = length + 1 - len(answer)
-                pieces = [(task.prompt_ids(example.fields, words.encode, room), answer)]
-            label = task.labels.index(text) if task.labels else 0
-            for prompt, answer in pieces:
-                table.append((len(ids), len(ids) + len(prompt), label))
-                ids += [*prompt, *answer]
-    if faults or not table:
+                for at in range(0, len(whole) - 1, length):
+                    yield [], whole[at : at + length + 1], 0
+                    count += 1
+                continue
+            answer = [*words.encode(answer_text(text), whole=False), end]
+            if len(answer) > length:
+                faults.append(f"example {number} has an answer of {len(answer)} tokens")
+                continue
+            prompt = task.prompt_ids(example.fields, words.encode, length + 1 - len(answer))
+            yield prompt, answer, task.labels.index(text) if task.labels else 0
+            count += 1
+    if faults or not count:
         raise DataError(
             f"answers of at most {length} tokens",
             found="; ".join(faults[:20]) or "no examples",
             do="shorten them, leave them out, or raise seq_len up to the context",
         )
-    np.save(_table_of(target), np.array(table, np.int64))
-    save_ids(np.array(ids, np.int64), target)
-    return len(ids)
 
 
 def has_examples(path: Path) -> bool:
@@ -195,16 +201,24 @@ class Examples:
     def __len__(self) -> int:
         return len(self.table)
 
-    def batch(self, step: int, size: int) -> Batch:
-        """`size` rows of a step, counted from 0."""
-        first = step * size
-        return self._batch([self._row(n) for n in range(first, first + size)])
-
-    def in_order(self, size: int) -> Iterator[Batch]:
-        """Every example once, up to `size` rows at a time."""
-        rows = _packed(range(len(self)), self.lengths, self.length)
+    def batches(self, step: int, size: int, count: int) -> Iterator[Batch]:
+        """A step, counted from 0, as `count` batches of `size` rows: the mean of their losses is
+        the loss of all these rows."""
+        begin = step * size * count
+        rows = [self._row(n) for n in range(begin, begin + size * count)]
+        answers, prompts = self._totals(rows)
         for first in range(0, len(rows), size):
-            yield self._batch(rows[first : first + size])
+            yield self._batch(rows[first : first + size], (answers / count, prompts / count))
+
+    def in_order(self, size: int, tokens: int = sys.maxsize) -> Iterator[Batch]:
+        """Up to `size` rows at a time: every example once, or from all over so many full batches
+        as have `tokens` of answers."""
+        rows = _packed(range(len(self)), self.lengths, self.length)
+        answers = sum(self.lengths) - sum(self.prompts)
+        count = min(len(rows), size * -(-tokens * len(rows) // (answers * size)))
+        chosen = [rows[n * len(rows) // count] for n in range(count)]
+        for first in range(0, count, size):
+            yield self._batch(chosen[first : first + size])
 
     def one_by_one(self, tokens: int, size: int) -> Iterator[Batch]:
         """Examples from all over the file that take about `tokens` inputs, or all of them: up to
@@ -223,7 +237,13 @@ class Examples:
     def lengths(self) -> tuple[int, ...]:
         """Inputs that each example takes: one less than its ids."""
         ends = [*self.table[1:, 0].tolist(), len(self.ids)]
-        return tuple(end - begin - 1 for begin, end in zip(self.table[:, 0], ends, strict=True))
+        begins = self.table[:, 0].tolist()
+        return tuple(end - begin - 1 for begin, end in zip(begins, ends, strict=True))
+
+    @cached_property
+    def prompts(self) -> tuple[int, ...]:
+        """Of these, those whose next id is of the prompt."""
+        return tuple(np.maximum(0, self.table[:, 1] - self.table[:, 0] - 1).tolist())
 
     def _row(self, number: int) -> list[int]:
         epoch = 0
@@ -239,36 +259,43 @@ class Examples:
             self._epochs[epoch] = _packed(order.tolist(), self.lengths, self.length)
         return self._epochs[epoch]
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _batch(
+        self, rows: Sequence[Sequence[int]], totals: tuple[float, float] | None = None
+    ) -> Batch:
+        """Answers weigh 1 together and prompts `prompt_share`, where `totals` are their own."""
+        answers, prompts = totals or self._totals(rows)
         width = max(sum(self.lengths[n] for n in row) for row in rows)
         shape = (len(rows), width)
         inputs, targets = np.full(shape, _PAD, np.int64), np.full(shape, IGNORED, np.int64)
         segments, positions = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-        answers, prompts = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        shares = np.zeros(shape, np.float32)
         for r, row in enumerate(rows):
             at = 0
             for segment, n in enumerate(row):
-                begin, answer, label = self.table[n].tolist()
-                size = self.lengths[n]
+                begin, _, label = self.table[n].tolist()
+                size, prompt = self.lengths[n], self.prompts[n]
                 own = slice(at, at + size)
                 text = self.ids[begin : begin + size + 1].astype(np.int64)
                 inputs[r, own], targets[r, own] = text[:-1], text[1:]
                 segments[r, own], positions[r, own] = segment, np.arange(size)
-                first = max(0, answer - begin - 1)  # of the inputs, the first whose target counts
-                answers[r, at + first : at + size] = self._weight(label)
-                prompts[r, at : at + first] = self.prompt_share
+                if prompt:
+                    shares[r, at : at + prompt] = self.prompt_share / prompts
+                shares[r, at + prompt : at + size] = self._weight(label) / answers
                 at += size
-        shares = _shares(answers, 1.0) + _shares(prompts, self.prompt_share)
         targets[shares == 0] = IGNORED
         return Batch(inputs, targets, shares, segments, positions)
 
+    def _totals(self, rows: Sequence[Sequence[int]]) -> tuple[float, float]:
+        """The weights of all ids of answers, and the number of those of prompts."""
+        numbers = [n for row in rows for n in row]
+        answers = sum(
+            (self.lengths[n] - self.prompts[n]) * self._weight(int(self.table[n, 2]))
+            for n in numbers
+        )
+        return answers, float(sum(self.prompts[n] for n in numbers))
+
     def _weight(self, label: int) -> float:
         return self.class_weights[label] if self.class_weights else 1.0
-
-
-def _shares(weights: NDArray[np.float32], total: float) -> NDArray[np.float32]:
-    """The weights, scaled to that sum."""
-    return weights * np.float32(total / max(float(weights.sum(dtype=np.float64)), 1e-9))
 
 
 def _packed(order: Sequence[int], lengths: Sequence[int], length: int) -> list[list[int]]:

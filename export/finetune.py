@@ -40,7 +40,7 @@ from .model import GPT
 from .optimizer import OptimizerConfig
 from .reopen import load_checkpoint_or_bundle
 from .runs import DATA_FOLDER, Run, RunPlan, TrainConfig
-from .start import check_compiler, choose_device, with_settings
+from .start import check_compiler, check_context, choose_device, with_settings
 from .tokenization import TokenizerConfig
 from .torch_decoder import TorchDecoder, open_checkpoint_generator, tokenizer_of
 from .train import Metric
@@ -97,10 +97,12 @@ def plan_finetuning(
         read_examples(paths, task, tables) for paths in (tables.data, tables.valid, tables.test)
     )
     task = _with_labels(task, train)
+    left = 1.0
     if not tables.test:
         test, train = split(train, tables.test_share)
-    if not tables.valid:  # of what is left, so many that they are that share of all
-        valid, train = split(train, tables.valid_share / (1 - tables.test_share))
+        left -= tables.test_share
+    if not tables.valid:  # so many that they are that share of all
+        valid, train = split(train, tables.valid_share / left)
     for name, part in (("train on", train), ("validate by", valid)):
         if not part:
             raise DataError(f"examples to {name}", found="none", do="give more, or other shares")
@@ -112,6 +114,11 @@ def plan_finetuning(
     weights = balanced_weights(task, train) if class_weights == "balanced" else ()
     examples = ExamplePlan(task, train, valid, test, list(tables.data), weights)
     config = with_settings(task_training(start.config, lora), dict(settings or {}))
+    check_context(config, start.config)
+    if config.prompt_share and not task.prompt:
+        raise OptionError(
+            "--prompt, whose loss prompt_share weighs", found="none", do="leave prompt_share out"
+        )
     if "max_steps" not in (settings or {}):
         rows = count_rows(examples, start.tokenizer, config.seq_len)
         config = replace(config, max_steps=max(1, round(epochs * rows / rows_per_step(config))))

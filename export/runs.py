@@ -273,6 +273,8 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         counts = plan.examples.write(folder / DATA_FOLDER, tokenizer, special, length)
     else:
         counts = _write_data(folder / DATA_FOLDER, tokenizer, special.end, plan, progress)
+        for count in counts:
+            data.check_count(count, plan.train.seq_len)
     if isinstance(plan.start, Checkpoint):
         model, weights = plan.start.config, plan.start.state
         if plan.recipe is not None and plan.recipe.projects(model):

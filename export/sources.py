@@ -14,8 +14,8 @@ from .runs import Run
 class Source(Protocol):
     """Where batches come from."""
 
-    def batch(self, step: int, size: int) -> Batch: ...
-    def in_order(self, size: int) -> Iterator[Batch]: ...
+    def batches(self, step: int, size: int, count: int) -> Iterator[Batch]: ...
+    def in_order(self, size: int, tokens: int) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,12 @@ class Texts:
 
     windows: Windows
 
-    def batch(self, step: int, size: int) -> Batch:
-        return Batch.whole(self.windows.batch(step, size))
+    def batches(self, step: int, size: int, count: int) -> Iterator[Batch]:
+        numbers = range(step * count, (step + 1) * count)
+        return (Batch.whole(self.windows.batch(number, size)) for number in numbers)
 
-    def in_order(self, size: int) -> Iterator[Batch]:
-        return map(Batch.whole, in_order(self.windows.ids, self.windows.length, size))
+    def in_order(self, size: int, tokens: int) -> Iterator[Batch]:
+        return map(Batch.whole, in_order(self.windows.ids, self.windows.length, size, tokens))
 
 
 def open_sources(run: Run) -> tuple[Source, Source]:

@@ -57,6 +57,11 @@ def plan_run(
     train = chosen.train if chosen and not start else fine_tuning(model)
     train = train if recipe is None else for_rounding(train)
     train = with_settings(train, settings)
+    check_context(train, model)
+    if train.prompt_share:
+        raise OptionError(
+            "prompt_share for a task, whose examples have prompts", found="texts", do="leave it out"
+        )
     if train.distill and start is None:
         raise OptionError(
             "--from, the model to learn from", found="distill without it", do="leave distill out"
@@ -139,6 +144,16 @@ def with_settings(train: TrainConfig, settings: dict[str, str]) -> TrainConfig:
             raise OptionError(f"a setting of {', '.join(known)}", found=key, do="correct --set")
         group[name] = _parse(text)
     return decode(TrainConfig, values, error=OptionError, source="--set", do="correct the value")
+
+
+def check_context(train: TrainConfig, model: ModelConfig) -> None:
+    """Raises OptionError for rows that are longer than what the model can read."""
+    if train.seq_len > model.n_positions:
+        raise OptionError(
+            f"seq_len of at most {model.n_positions}, the model's context",
+            found=str(train.seq_len),
+            do="set it lower",
+        )
 
 
 def _parse(text: str) -> Any:

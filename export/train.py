@@ -196,8 +196,7 @@ class Trainer:
         torch.manual_seed(hash((config.seed, step)) & (2**63 - 1))  # dropout, the same on resume
         self.model.train()
         loss = 0.0
-        for micro in range(config.grad_accum):
-            batch = self.source.batch(step * config.grad_accum + micro, config.batch_size)
+        for batch in self.source.batches(step, config.batch_size, config.grad_accum):
             part = self._loss(batch, distill=config.distill) / config.grad_accum
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
@@ -224,14 +223,12 @@ class Trainer:
         began = time.perf_counter()
         distill, loss, objective, count = self.config.distill, 0.0, 0.0, 0
         with self._averaged():
-            for batch in self.valid.in_order(self.config.batch_size):
+            for batch in self.valid.in_order(self.config.batch_size, self.config.eval_tokens):
                 tokens = int((batch.targets != IGNORED).sum())
                 loss += self._loss(batch).item() * tokens
                 if distill:
                     objective += self._loss(batch, distill).item() * tokens
                 count += tokens
-                if count >= self.config.eval_tokens:
-                    break
         loss, objective = loss / count, objective / count
         if not math.isfinite(loss):
             raise TrainingError(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from export import estimate as module
 from export.cli import main as gptrt_export
-from export.estimate import count_parameters, estimate, in_child, texts_request
+from export.estimate import count_parameters, estimate, in_child, tables_request, texts_request
+from export.finetune import Tables, plan_finetuning
 from export.model import GPT
 from export.needs import describe
 from export.runs import Run, tokens_per_step
 from export.scaling import LAW, Law, cheapest_to_serve, effective_tokens
+from export.train import Metric
 from gptrt.errors import OptionError, TrainingError
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli
@@ -101,13 +104,18 @@ def test_fine_tuning_is_measured_on_its_own_text(run: Run, text_file: Path) -> N
     assert "tokens/s on cpu, median of 1 steps of 32 tokens" in lines["speed"]
 
 
-def test_a_task_is_measured_with_its_adapter_and_nothing_is_written(
-    run: Run, tmp_path: Path
-) -> None:
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
     table = tmp_path / "reviews.tsv"
     rows = [f"king {n} was {('old', 'wise')[n % 2]}\t{n % 2}" for n in range(100)]
     table.write_text("\n".join(["text\tanswer", *rows]))
-    task = ("finetune", "--task", "classification", "--from", run.path, "--data", table)
+    return table
+
+
+def test_a_task_is_measured_with_its_adapter_and_nothing_is_written(
+    run: Run, reviews: Path, tmp_path: Path
+) -> None:
+    task = ("finetune", "--task", "classification", "--from", run.path, "--data", reviews)
     small = ("--set", "seq_len=64", "--set", "batch_size=1", "--lora-rank", 2, "--estimate")
     small += ("--max-time", 0.001)
     result = run_cli(gptrt_export, *task, "--out", tmp_path / "run", *small)
@@ -132,13 +140,29 @@ def test_without_steps_nothing_is_trained_and_the_text_is_counted(text_file: Pat
 
 
 def test_max_time_ends_the_plan(run: Run, tmp_path: Path) -> None:
-    measured = module._Measured(6, 2.0, 8.0, 1, None, 1)
+    measured = module._Measured(6, 2.0, 8.0, 0.5, 1, None, 1)
     settings = {"max_time": "100", "eval_every": "4"}
     request = texts_request(None, run.path, [], "cpu", settings)
     plan = request.plan(tmp_path)
     found = module._estimate(request, plan, None, measured)
     assert found.planned_steps == 25  # of 2 seconds, and a quarter of 8
     assert found.planned_tokens == 25 * tokens_per_step(plan.train)
+    assert found.speed is not None  # at the beginning, six times, at the end; with the metric
+    assert found.speed.planned_s == 25 * 2 + 8 * (8 + 0.5)
+
+
+def test_evaluations_of_a_task_are_measured_with_its_metric(
+    run: Run, reviews: Path, tmp_path: Path
+) -> None:
+    plan = partial(plan_finetuning, "classification", run.path, Tables([reviews]))
+    asked = []
+
+    def metric(made: Run) -> Metric:
+        assert made.config.task is not None
+        return lambda model: asked.append(type(model)) or 0.5
+
+    module._measured(tables_request(plan, metric, steps=1, quiet=True), tmp_path)
+    assert asked == [GPT]
 
 
 def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -45,15 +46,17 @@ from export.loss import IGNORED
 from export.model import GPT, CausalAttention
 from export.options import ConvertOptions
 from export.pipeline import convert
-from export.runs import Run, open_run
+from export.progress import ProgressBar
+from export.runs import Run, create_run, open_run
 from export.tokenization import SpecialIds
 from export.torch_decoder import open_checkpoint_generator
+from export.train import train
 from gptrt.errors import CheckpointError, DataError, OptionError
 from gptrt.format import read_manifest
 from gptrt.task import Task
 from gptrt.tokenizer import Tokenizer as Words
 
-from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
 
 TASK = Task("classification", "The {text} king:", ("good", "bad"))
 WORDS = ("old", "young", "wise", "merry", "silent")
@@ -112,6 +115,11 @@ def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_p
         (("--lora-alpha", 4), ("--lora-rank",)),
         (("--lora-rank", 2, "--lora-target", "wte"), ("wte", "attn.c_attn")),
         (("--set", "seq_len=2"), ("answers of at most 2",)),
+        (("--set", "seq_len=65"), ("seq_len of at most 64",)),
+        (
+            ("--task", "lm", "--column", "answer=text", "--set", "prompt_share=0.5"),
+            ("--prompt", "prompt_share"),
+        ),
         (("--valid-share", 0), ("validate by",)),
     ],
 )
@@ -158,6 +166,19 @@ def test_a_split_does_not_depend_on_the_order() -> None:
     assert one == other
 
 
+@pytest.mark.parametrize(("own_test", "parts"), [(False, (50, 60, 90)), (True, (140, 60, 200))])
+def test_shares_are_of_all_that_is_split(
+    run: Run, reviews: Path, own_test: bool, parts: tuple[int, ...]
+) -> None:
+    test = [reviews] if own_test else []
+    tables = Tables(
+        *([reviews], (), test), columns={"answer": "label"}, valid_share=0.3, test_share=0.45
+    )
+    found = plan_finetuning("classification", run.path, tables).examples
+    assert found is not None
+    assert (len(found.train), len(found.valid), len(found.test)) == parts
+
+
 def test_balanced_weights_give_every_label_the_same_say() -> None:
     some = [Example({"text": "x"}, (a,)) for a in ["good"] * 30 + ["bad"] * 10]
     weights = balanced_weights(TASK, some)
@@ -193,14 +214,55 @@ def written(run: Run, tmp_path: Path) -> Path:
 def test_an_epoch_has_every_example_once_and_rows_are_full(written: Path) -> None:
     found = Examples.open(written, 40, seed=1)
     rows = found.rows_per_epoch()
-    batch = found.batch(0, rows)
+    (batch,) = found.batches(0, rows, 1)
     assert batch.segments is not None and batch.inputs.shape[1] <= 40
     assert sum(int(row.max()) + 1 for row in batch.segments) == len(found) == 50
     assert (batch.segments >= 0).mean() > 0.8
-    again = Examples.open(written, 40, seed=1).batch(0, rows)
+    (again,) = Examples.open(written, 40, seed=1).batches(0, rows, 1)
     assert (again.inputs == batch.inputs).all()
-    other = found.batch(1, rows).inputs  # the next epoch
-    assert other.shape != batch.inputs.shape or (other != batch.inputs).any()
+    (other,) = found.batches(1, rows, 1)  # the next epoch
+    assert other.inputs.shape != batch.inputs.shape or (other.inputs != batch.inputs).any()
+
+
+def test_an_epoch_of_long_texts_has_all_of_their_rows(run: Run, tmp_path: Path) -> None:
+    table = tmp_path / "texts.txt"
+    table.write_text("".join(f"{n} {story(12)}\n" for n in range(40)))
+    settings = {"seq_len": "64", "batch_size": "1"}
+    plan = plan_finetuning("lm", run.path, Tables([table]), epochs=4, settings=settings)
+    assert plan.examples is not None and isinstance(plan.start, Checkpoint)
+    assert plan.start.tokenizer is not None
+    plan.examples.write(tmp_path, plan.start.tokenizer, plan.start.special, 64)
+    rows = Examples.open(tmp_path / "train.bin", 64).rows_per_epoch()
+    assert rows > 5 * len(plan.examples.train)
+    assert plan.train.max_steps == pytest.approx(4 * rows, rel=0.05)
+
+
+def test_rows_count_the_same_at_once_and_one_after_another(
+    run: Run, reviews: Path, tmp_path: Path
+) -> None:
+    tables = Tables([reviews], columns={"answer": "label"})
+    settings = {"max_steps": "1", "dropout": "0", "dtype": "float32", "prompt_share": "0.5"}
+    found = []
+    for rows, parts in ((4, 1), (1, 4)):
+        size = {"batch_size": str(rows), "grad_accum": str(parts), "optimizer.kind": "adamw"}
+        plan = plan_finetuning("classification", run.path, tables, settings=settings | size)
+        made = create_run(tmp_path / str(parts), plan)
+        train(made, ProgressBar("training", quiet=True))
+        losses = [json.loads(line) for line in made.log.read_text().splitlines()]
+        moments = made.last()[1]
+        found.append((losses[1]["objective"], moments))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for name, moment in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], moment, atol=1e-5, rtol=1e-3)
+
+
+def test_some_of_the_examples_come_from_all_over_the_file(written: Path) -> None:
+    found = Examples.open(written, 40)
+    (whole,) = found.in_order(1000)
+    rows = [row for batch in found.in_order(2, 40) for row in batch.inputs]
+    assert 3 < len(rows) < len(whole.inputs) / 2
+    wide = whole.inputs[np.arange(len(rows)) * len(whole.inputs) // len(rows)]
+    assert all((row == w[: len(row)]).all() for row, w in zip(rows, wide, strict=True))
 
 
 def test_only_answers_count_unless_prompts_are_asked_for(written: Path) -> None:
@@ -220,7 +282,7 @@ def test_only_answers_count_unless_prompts_are_asked_for(written: Path) -> None:
 @pytest.mark.parametrize("shape", [GPT2_SHAPE, LLAMA_SHAPE, replace(LLAMA_SHAPE, window=5)])
 def test_a_packed_example_is_computed_as_if_it_stood_alone(written: Path, shape: Any) -> None:
     model = scrambled(shape)
-    batch = Examples.open(written, 40, seed=1).batch(0, 2)
+    (batch,) = Examples.open(written, 40, seed=1).batches(0, 2, 1)
     assert batch.segments is not None and batch.positions is not None
     attend = CausalAttention(shape, torch.from_numpy(batch.segments))
     ids = torch.from_numpy(batch.inputs)

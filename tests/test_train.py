@@ -22,9 +22,10 @@ from export.cli import main as gptrt_export
 from export.data import Windows, open_ids, read_pieces, tokenize
 from export.progress import ProgressBar
 from export.runs import Run, create_run, open_run
+from export.start import plan_run
 from export.tokenization import TokenizerConfig, train_tokenizer
 from export.train import train
-from gptrt.errors import DataError, TrainingError
+from gptrt.errors import TrainingError
 
 from .conftest import assert_refused, make_plan, run_cli, story
 
@@ -144,6 +145,19 @@ def test_what_cannot_be_compiled_is_refused(
     assert not out.exists()
 
 
+def test_a_run_is_judged_by_all_of_its_held_out_texts(
+    run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    strange = tmp_path / "strange.txt"
+    strange.write_text("Zq 7x! " * 2000)
+    settings = {"eval_tokens": "512", "batch_size": "2", "max_steps": "0"}
+    found = []
+    for name, held_out in (("one", [text_file]), ("two", [text_file, strange])):
+        plan = plan_run(None, run.path, [text_file], held_out, "cpu", settings)
+        found.append(train(create_run(tmp_path / name, plan), QUIET).best_loss)
+    assert found[1] > 2 * found[0]
+
+
 def test_validation_that_no_longer_gains_ends_the_run(text_file: Path, tmp_path: Path) -> None:
     plan = make_plan(text_file, eval_every=1, patience=2, max_steps=50, warmup_steps=0)
     frozen = replace(plan.train.optimizer, lr=0.0, matrix_lr=0.0)
@@ -212,20 +226,40 @@ def wait_until(holds) -> None:  # type: ignore[no-untyped-def]
 # --- data -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        story(60) + "\n\n  “Curly” and naïve — 漢字!\r\n" + story(20),
+        story(20).replace(" ", "\n") + "one  word\n  a line\r\n\r\n" + "漢字かな" * 20 + story(2),
+    ],
+)
 def test_ids_of_a_file_read_in_pieces_are_those_of_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    text = story(60) + "\n\n  “Curly” and naïve — 漢字!\r\n" + story(20)
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
     tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [text])
     monkeypatch.setattr("export.data._PIECE", 97)
-    assert "".join(read_pieces(path)) == text
+    pieces = list(read_pieces(path))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 3 * 97
     end = tokenizer.token_to_id("<|endoftext|>")
     count, _ = tokenize([path], tokenizer, tmp_path / "ids.bin", end=end)
     ids = open_ids(tmp_path / "ids.bin").tolist()
     assert ids == [*tokenizer.encode(text).ids, end]
     assert count == len(ids)
+
+
+def test_text_in_which_nothing_parts_words_is_never_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "漢字かな" * 200
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("export.data._PIECE", 97)
+    pieces = list(read_pieces(path))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 2 * 97
 
 
 def test_held_out_ids_are_not_trained_on(tmp_path: Path) -> None:
@@ -264,7 +298,7 @@ def test_gpt2_style_merges_and_vocabulary_make_a_tokenizer(tmp_path: Path) -> No
 
 
 def test_wrong_input_to_train_is_refused_and_writes_nothing(
-    text_file: Path, tmp_path: Path
+    run: Run, text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     binary = tmp_path / "binary.txt"
@@ -275,6 +309,8 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
     odd.write_text(
         run_cli(gptrt_export, "presets", "nano-char").stdout.replace("n_layer", "n_layers")
     )
+    short = tmp_path / "short.txt"  # long enough to train on, not to hold a tenth out
+    short.write_text(story(5)[:350])
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
@@ -289,11 +325,15 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         ((*base, *nano), "--data"),
         ((*base, *nano, "--data", binary), "UTF-8"),
         ((*base, *nano, "--data", empty), "text"),
+        ((*base, *nano, "--data", short), "more than 64 tokens"),
         ((*base, *nano, "--data", text_file, "--device", "cuda"), "CUDA")
         if not torch.cuda.is_available()
         else ((*base, *nano), "--data"),
         ((*base, *nano, "--data", text_file, "--set", "dropout=7"), "dropout"),
         ((*base, *nano, "--data", text_file, "--set", "speed=7"), "speed"),
+        ((*base, *nano, "--data", text_file, "--set", "seq_len=128"), "at most 64"),
+        ((*base, "--from", run.path, "--data", text_file, "--set", "seq_len=65"), "at most 64"),
+        ((*base, *nano, "--data", text_file, "--set", "prompt_share=0.5"), "prompt_share"),
         ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
         ((*base, *nano, "--data", text_file, "--tokenizer", tmp_path), "tokenizer.json"),
         (("train", "--out", taken, *nano, "--data", text_file), "there already"),
@@ -316,11 +356,3 @@ def test_a_preset_of_ones_own_is_trained(text_file: Path, tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     shape = open_run(tmp_path / "run").config.model
     assert (shape.n_layer, shape.n_embd, shape.n_inner) == (1, 32, 48)
-
-
-def test_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "short.txt"
-    path.write_text("Once upon a time. ")
-    run = create_run(tmp_path / "run", make_plan(path))
-    with pytest.raises(DataError, match="more than 32 tokens"):
-        train(run, QUIET)
