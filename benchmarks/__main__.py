@@ -124,8 +124,11 @@ def perplexity(
 @click.option("--readme", type=_path, help="A file to put the first table into, at its marks.")
 def draw(parts: tuple[Path, ...], out: Path, readme: Path | None) -> None:
     """One report and its pictures from the folders of earlier runs."""
+    try:
+        results = load([part / RESULTS_FILE for part in parts])
+    except ValueError as e:
+        raise click.UsageError(str(e)) from e
     out.mkdir(parents=True, exist_ok=True)
-    results = load([part / RESULTS_FILE for part in parts])
     _write(results, out)
     if readme:
         readme.write_text(report.into_readme(results, readme.read_text()))

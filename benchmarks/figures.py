@@ -132,7 +132,7 @@ def _sized(results: Results) -> list[str]:
 def _limit(results: Results, shape: str) -> float:
     """Tokens/s if nothing cost time but reading the smallest of our files once a token."""
     ours = [e.bytes for e in results.entries if e.shape == shape and e.who == f"{OURS.name} int4"]
-    return results.bandwidth * 1e9 / ours[0] if ours else float("nan")
+    return results.bandwidth(shape) * 1e9 / ours[0] if ours else float("nan")
 
 
 def _line(axes: Any, results: Results, who: str, x: list[Any], values: list[list[float]]) -> None:

@@ -71,7 +71,7 @@ _LLAMA = f"""{_MEMORY}
 import sys
 import llama_cpp
 path, prompt, new = sys.argv[1], *map(int, sys.argv[2:])
-llm = llama_cpp.Llama(path, n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False)
+llm = llama_cpp.Llama(path, n_ctx=prompt + new, n_threads=2, n_threads_batch=2, verbose=False)
 ids = llm.generate([i * 7919 % 250 for i in range(prompt)], temp=0.0)
 next(ids)
 first = since(began)

@@ -42,9 +42,10 @@ def _heading(results: Results) -> str:
         "Cold start: a fresh process up to its first token, the files in the page cache."
     ]
     if results.shapes("bandwidth"):
+        read = (f"{results.bandwidth(s):.1f} ({s})" for s in results.shapes("bandwidth"))
         lines.append(
-            f"This machine read memory at {results.bandwidth:.1f} GB/s during the run; the share "
-            "of that limit is tokens/s times the bytes of the model over it."
+            f"This machine read memory, in GB/s, at {', '.join(read)}; the share of that limit is "
+            "tokens/s times the bytes of the model over it."
         )
     return "\n".join(lines)
 
@@ -80,7 +81,8 @@ def into_readme(results: Results, text: str) -> str:
         found = (results.values(shape, entry.who, m, x) for _, m, x, _ in columns)
         cells = [f"{median(v):{c[3]}}" if v else "" for v, c in zip(found, columns, strict=True)]
         rows.append([entry.who, *cells, f"{entry.bytes / 1e6:.1f}"])
-    rounds = 1 + max(s.round for s in results.samples)
+    ours = f"{OURS.name} int4"
+    rounds = len(results.values(shape, ours, "decode"))
     versions = (f"{name} {number}" for v in results.versions.values() for name, number in v.items())
     lines = [
         f"{shape}, random weights, batch 1, {results.threads} threads of an {results.machine}; "
@@ -105,18 +107,20 @@ def _cell(values: list[float], form: str) -> str:
 
 def _share(results: Results, entry: Entry) -> str:
     speeds = results.values(entry.shape, entry.who, "decode")
-    return f"{median(speeds) * entry.bytes / (results.bandwidth * 1e9):.0%}" if speeds else ""
+    limit = results.bandwidth(entry.shape) * 1e9 / entry.bytes
+    return f"{median(speeds) / limit:.0%}" if speeds else ""
 
 
 def _ratios(results: Results, shape: str) -> Iterator[str]:
-    """Each of ours beside every peer of as many bits, round by round."""
+    """Each of ours beside every peer of as many bits, by the rounds that both were in."""
     entries = list(results.entries_of(shape, "decode"))
     ours = [e for e in entries if e.who.startswith(f"{OURS.name} ")]
     for own in ours:
         pairs = []
         for other in (e for e in entries if e not in ours and e.bits == own.bits):
-            both = (results.values(shape, e.who, "decode") for e in (own, other))
-            pairs.append(f"{median(a / b for a, b in zip(*both, strict=True)):.2f} {other.who}")
+            mine, theirs = (results.by_round(shape, e.who, "decode") for e in (own, other))
+            if ratios := [mine[n] / theirs[n] for n in mine.keys() & theirs.keys()]:
+                pairs.append(f"{median(ratios):.2f} {other.who}")
         if pairs:
             yield f"Decode, {own.who} as a multiple of: {', '.join(pairs)}.\n"
 

@@ -61,6 +61,10 @@ class Results:
             if (s.shape, s.who, s.measure) == (shape, who, measure) and x in (None, s.x)
         ]
 
+    def by_round(self, shape: str, who: str, measure: str) -> dict[int, float]:
+        wanted = (shape, who, measure)
+        return {s.round: s.value for s in self.samples if (s.shape, s.who, s.measure) == wanted}
+
     def points(self, shape: str, who: str, measure: str) -> list[int]:
         """Where a measure was taken."""
         wanted = (shape, who, measure)
@@ -74,18 +78,25 @@ class Results:
         measured = {s.who for s in self.samples if (s.shape, s.measure) == (shape, measure)}
         return (e for e in self.entries if e.shape == shape and e.who in measured)
 
-    @property
-    def bandwidth(self) -> float:
-        """GB/s, the median over the whole run."""
-        return median(s.value for s in self.samples if s.measure == BANDWIDTH)
+    def bandwidth(self, shape: str) -> float:
+        """GB/s, the median while the shape was measured: what a shared machine has changes."""
+        return median(self.values(shape, "machine", BANDWIDTH))
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def load(paths: list[Path]) -> Results:
-    """Runs that were made in parts, as one: the date and the machine are those of the first."""
+    """Runs that one machine made in parts, as one, with the date of the first: the rounds of each
+    come after those of the parts before it. Raises ValueError for several machines."""
     parts = [json.loads(path.read_text()) for path in paths]
+    if len({(part["machine"], part["threads"]) for part in parts}) > 1:
+        raise ValueError("runs of several machines or numbers of threads: draw them apart")
+    before = 0
+    for part in parts:
+        for sample in part["samples"]:
+            sample["round"] += before
+        before = 1 + max((sample["round"] for sample in part["samples"]), default=before - 1)
     entries = [Entry(**e) for part in parts for e in part["entries"]]
     whole = parts[0] | {
         "versions": {k: v for part in parts for k, v in part["versions"].items()},

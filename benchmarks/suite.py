@@ -118,11 +118,13 @@ class Run:
                     self._sample(checkpoint, candidate.name, measure, x, turn, value)
 
     def _cold(self, checkpoint: Checkpoint, workers: Workers, turn: int) -> None:
-        """A fresh process of everyone; the workers wait."""
-        request = next(questions("decode", checkpoint.context)).request
+        """A fresh process of everyone, with room for the question; the workers wait."""
+        question = next(questions("decode", checkpoint.context))
+        request, room = question.request, {"context": question.prompt + question.new}
         for candidate, _ in _in_turn(workers, turn):
             with self._leaving_out(workers, candidate):
-                command, threads, log = self._serving(candidate)
+                sized = replace(candidate, settings=candidate.settings | room)
+                command, threads, log = self._serving(sized)
                 found = first_token(command, request, threads, log.with_suffix(".cold.log"))
                 for measure, value in found.items():
                     self._sample(checkpoint, candidate.name, measure, 0, turn, value)

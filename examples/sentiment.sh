@@ -5,7 +5,7 @@
 #
 # TABLE is a .tsv, .csv or .jsonl with the columns `text` and `label`, 1 for good and 0 for bad.
 set -euo pipefail
-table=$1 out=$2
+table=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 cd "$(dirname "$0")/.."
 

@@ -6,7 +6,7 @@
 # TABLE is a .txt with a text a line, or a table with the column `text`. For books and other long
 # texts there is `gptrt-export train --from`.
 set -euo pipefail
-table=$1 out=$2
+table=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 cd "$(dirname "$0")/.."
 

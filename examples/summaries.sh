@@ -7,7 +7,7 @@
 # summary or a list of several. A small model writes badly, but judges well which sentence of a text
 # would do as its summary: --extract.
 set -euo pipefail
-table=$1 out=$2
+table=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 cd "$(dirname "$0")/.."
 

@@ -6,7 +6,7 @@
 # TABLE is a .tsv without names: a sentence, a tab, its translation. The embedded model has hardly
 # seen another language, and its tokenizer none: so one is made for the pair.
 set -euo pipefail
-table=$1 out=$2
+table=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 cd "$(dirname "$0")/.."
 

@@ -77,6 +77,7 @@ def train(
 ) -> None:
     """Train from scratch, fine-tune, or go on where a run stopped.
 
+    \b
     gptrt-export train --preset nano-char --data input.txt --out runs/nano
     gptrt-export train --from models/tales --data texts/ --quantize int4 --out runs/int4
     """
@@ -188,8 +189,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a bundle that `gptrt` runs: int4 by default.
 
-    A checkpoint is a run, a Hugging Face folder or its name on the hub, or a ckpt.pt.
+    A checkpoint is a run, a Hugging Face folder or its name on the hub, a GGUF file, or a ckpt.pt.
 
+    \b
     gptrt-export convert runs/nano --out bundles/nano --quantize int8
     gptrt-export convert runs/nano --out bundles/nano --bits-per-weight 4.4
     """

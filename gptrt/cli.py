@@ -83,15 +83,19 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 _engine = _options(
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"])),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        help="auto (default): CUDA where it can run the bundle, else the processor.",
+    ),
     click.option("--threads", type=int, help="Of the processor; default: every core."),
 )
 _graphs = click.option(
     "--cuda-graphs", is_flag=True, default=None, help="On CUDA start a step's kernels at once."
 )
 _generation = _options(
-    click.option("--max-new-tokens", type=int),
-    click.option("--min-new-tokens", type=int),
+    click.option("--max-new-tokens", type=int, help="So many ids at most; default: 256."),
+    click.option("--min-new-tokens", type=int, help="No end of the text before so many."),
     click.option("--temperature", type=float, help="0 is greedy; above it, by chance."),
     click.option("--top-k", type=int, help="Draw from the K most likely."),
     click.option("--top-p", type=float, help="Draw from the most likely that reach P together."),
@@ -122,7 +126,11 @@ def main() -> None:
 @_generation
 @click.option("--prompt-lookup-num-tokens", type=int, help="Guess ids by the text so far.")
 @click.option("--draft", type=_path, help="A smaller bundle that guesses.")
-@click.option("--context-overflow", type=click.Choice(["stop", "slide"]))
+@click.option(
+    "--context-overflow",
+    type=click.Choice(["stop", "slide"]),
+    help="Where the context is full: stop (default), or go on from its last half.",
+)
 @click.option("--max-time", type=float, help="Seconds, after which no id is begun.")
 @click.option("--timeout", type=float, help="Seconds, after which nothing is waited for.")
 @_engine
@@ -138,6 +146,8 @@ def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     if len(words) > 2:
         raise click.UsageError(f"Wanted [BUNDLE] PROMPT, got {len(words)} words: quote the prompt.")
     *bundle, prompt = words
+    if not bundle and _is_bundle(prompt):
+        raise click.UsageError(f"Wanted a prompt after the bundle {prompt}, got none.")
     names = ("device", "threads", "draft", "cuda_graphs")
     engine = _given(**{name: options.pop(name) for name in names})
     options = _for_generation(options)
@@ -359,6 +369,16 @@ def _for_generation(options: dict[str, Any]) -> dict[str, Any]:
 def _given(**options: Any) -> dict[str, Any]:
     """Only what was given: every default is the library's own."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _is_bundle(words: str) -> bool:
+    """Whether a prompt was forgotten: words may also be no path at all."""
+    from gptrt.format import MANIFEST_FILE
+
+    try:
+        return (Path(words) / MANIFEST_FILE).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _read_prompt(prompt: str) -> str:

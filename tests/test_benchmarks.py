@@ -68,6 +68,33 @@ def test_the_pictures_are_pictures_and_can_be_drawn_again(out: Path, tmp_path: P
             assert (folder / name).read_bytes().startswith(PNG)
 
 
+def test_parts_of_a_run_are_drawn_together_by_the_rounds_that_they_share(tmp_path: Path) -> None:
+    """And not as if one machine had made what two have."""
+    from benchmarks.report import report
+    from benchmarks.results import RESULTS_FILE, Entry, Results, Sample, load
+
+    def part(name: str, machine: str, *others: str) -> Path:
+        who = ["gptrt int4", *others]
+        entries = [Entry("tiny", each, 4, 1000, {}) for each in who]
+        speeds = [
+            Sample("tiny", each, "decode", 128, n, 100.0 * (1 + n) / (1 + i))
+            for n in range(2)
+            for i, each in enumerate(who)
+        ]
+        memory = [Sample("tiny", "machine", "bandwidth", 0, n, 10.0) for n in range(2)]
+        made = Results("today", machine, 1, {}, [], {"tiny": 1}, entries, speeds + memory)
+        (tmp_path / name).mkdir()
+        made.save(tmp_path / name / RESULTS_FILE)
+        return tmp_path / name / RESULTS_FILE
+
+    parts = [part("a", "one", "llama.cpp Q4_0"), part("b", "one", "other int4", "third int4")]
+    together = load(parts)
+    assert together.by_round("tiny", "gptrt int4", "decode").keys() == {0, 1, 2, 3}
+    assert "2.00 llama.cpp Q4_0, 2.00 other int4, 3.00 third int4" in report(together)
+    with pytest.raises(ValueError, match="draw them apart"):
+        load([parts[0], part("c", "another")])
+
+
 def test_a_peer_that_is_not_there_is_named_and_left_out(tmp_path: Path) -> None:
     from benchmarks.peers import Peer
     from benchmarks.processes import Environments

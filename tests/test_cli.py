@@ -353,6 +353,14 @@ def test_a_command_line_that_makes_no_sense_is_refused_with_the_way_to_help(
     assert_bad_usage(run_cli(gptrt, *(a.format(bundle) for a in arguments)), *words)
 
 
+def test_a_bundle_alone_is_no_prompt(bundle: Path) -> None:
+    result = run_cli(gptrt, "generate", bundle)
+    assert result.exit_code == 2
+    assert f"Wanted a prompt after the bundle {bundle}" in result.stderr
+    for words in ("once " * 2000, "nul\0"):
+        assert run_cli(gptrt, "generate", words, "--max-new-tokens", 1).exit_code in (0, 2)
+
+
 def test_an_empty_prompt_is_refused(bundle: Path) -> None:
     assert_refused(run_cli(gptrt, "generate", bundle, ""), "one token or more", "give some text")
     assert_refused(fed(b"", "generate", bundle, "-"), "one token or more", "give some text")

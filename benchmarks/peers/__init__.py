@@ -2,7 +2,8 @@
 
 One line of `PEERS` is one runtime. Its adapter is the file here of the same name, which runs in a
 process and, where there is one, in an environment of its own, and imports that runtime alone.
-Every kind is the best that the runtime's own documents advise, at 4 bits or more.
+Every kind is the best that the runtime's own documents advise, at 4 bits or more; but llama.cpp's
+are made without an importance matrix, which is text that calibrates.
 """
 
 from __future__ import annotations
