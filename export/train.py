@@ -116,11 +116,14 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
         _write(log, step=state.step, **{what: loss}, tok_s=round(speed, 1))
         stop = interrupted()
         due = state.step % config.eval_every == 0 or bool(trainer.finished())
-        if due or stop:
+        if due:
             found = _evaluate(trainer, log, bar)
-            # Out of turn it does not count: a run that goes on must take the same decisions as
-            # one that was never interrupted.
-            trainer.save(found.loss, best=due and trainer.judge(found))
+            trainer.save(found.loss, best=trainer.judge(found))
+        elif stop:
+            # Nothing is judged out of turn: it would take its time, and a run that goes on must
+            # take the same decisions as one that was never interrupted. But what has learnt is
+            # better than what has not.
+            trainer.save(None, best=state.best_loss is None)
         if stop:
             return "interrupted"
     return reason
@@ -268,7 +271,7 @@ class Trainer:
             self.state = replace(state, stale=state.stale + 1)
         return gained
 
-    def save(self, valid_loss: float, *, best: bool) -> None:
+    def save(self, valid_loss: float | None, *, best: bool) -> None:
         """A checkpoint of everything, named the best of the run if it is. Where a mean is kept, it
         is the mean that is saved as the model, and the latest parameters beside the moments."""
         moments = self.optimizer.state()
@@ -280,7 +283,7 @@ class Trainer:
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
 
-    def _save(self, moments: dict[str, Tensor], valid_loss: float, *, best: bool) -> None:
+    def _save(self, moments: dict[str, Tensor], valid_loss: float | None, *, best: bool) -> None:
         adapter = None
         weights = self.model.state_dict()
         if self.run.config.lora is not None:
