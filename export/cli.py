@@ -81,6 +81,7 @@ def train(
     gptrt-export train --from models/tales --data texts/ --quantize int4 --out runs/int4
     """
     from .hub import local_checkpoint
+    from .metrics import perplexity
     from .progress import ProgressBar
     from .runs import create_run, open_run
     from .start import plan_run, recipe_to_train
@@ -105,9 +106,11 @@ def train(
     if result.reason == "interrupted":
         click.echo(f"stopped at step {result.steps}; go on with: {resume_line(out)}", err=True)
         sys.exit(INTERRUPTED)
+    found = "nothing validated"
+    if (loss := result.best_loss) is not None:
+        found = f"best validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
     click.echo(
-        f"{result.steps} steps in {result.seconds:.0f} s, ended by {result.reason}; "
-        f"best validation loss {result.best_loss:.4f}, perplexity {result.perplexity:.2f}; "
+        f"{result.steps} steps in {result.seconds:.0f} s, ended by {result.reason}; {found}; "
         f"curves in {out / 'loss.png'}",
         err=True,
     )

@@ -112,6 +112,8 @@ def plan_finetuning(
     weights = balanced_weights(task, train) if class_weights == "balanced" else ()
     examples = ExamplePlan(task, train, valid, test, list(tables.data), weights)
     config = with_settings(task_training(start.config, lora), dict(settings or {}))
+    if not math.isfinite(epochs):
+        raise OptionError("a number of --epochs", found=f"{epochs}", do="correct it")
     if "max_steps" not in (settings or {}):
         rows = count_rows(examples, start.tokenizer, config.seq_len)
         config = replace(config, max_steps=max(1, round(epochs * rows / rows_per_step(config))))

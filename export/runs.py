@@ -13,7 +13,6 @@ RUN/base/              with an adapter, the checkpoint that it adapts
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
-from gptrt.errors import CheckpointError, TargetError
+from gptrt.errors import CheckpointError, OptionError, TargetError
 from gptrt.schema import bounded, decode, read_json
 from gptrt.task import Task
 
@@ -37,6 +36,7 @@ from .checkpoint import (
     POINTER_FILE,
     Checkpoint,
     load_checkpoint,
+    read_tensors,
     replace_json,
     run_pointer,
     save_checkpoint,
@@ -53,6 +53,7 @@ from .lora import (
     peft_config,
     to_peft,
 )
+from .metrics import perplexity
 from .model import GPT
 from .optimizer import OptimizerConfig
 from .progress import Progress, silent
@@ -146,20 +147,16 @@ class Run:
         return self.path / run_pointer(self.path)["last"]
 
     def adapter(self) -> dict[str, torch.Tensor]:
-        """The tensors of the last adapter, in PEFT's format."""
-        from safetensors.torch import load_file
-
-        return load_file(self.last_folder / ADAPTER_FOLDER / ADAPTER_FILE)
+        """The tensors of the last adapter, in PEFT's format. Raises CheckpointError."""
+        return dict(read_tensors(self.last_folder / ADAPTER_FOLDER / ADAPTER_FILE))
 
     def last(self) -> tuple[Checkpoint, dict[str, torch.Tensor], State]:
-        """Weights, optimizer moments and state of the last checkpoint."""
-        from safetensors.torch import load_file
-
+        """Weights, optimizer moments and state of the last checkpoint. Raises CheckpointError."""
         folder = self.last_folder
         value = read_json(folder / STATE_FILE, error=CheckpointError)
         state = decode(State, value, error=CheckpointError, source=str(folder / STATE_FILE))
-        moments = folder / OPTIMIZER_FILE
-        return load_checkpoint(folder), load_file(moments) if moments.is_file() else {}, state
+        moments = dict(read_tensors(folder / OPTIMIZER_FILE)) if state.step else {}
+        return load_checkpoint(folder), moments, state
 
     def save(
         self,
@@ -181,7 +178,7 @@ class Run:
         if self.config.task is None:
             lineage["tokens_seen"] = str(state.step * tokens_per_step(self.config.train))
         if valid_loss is not None:
-            lineage["validation_perplexity"] = f"{math.exp(valid_loss):.2f}"
+            lineage["validation_perplexity"] = f"{perplexity(valid_loss):.2f}"
         checkpoint = replace(checkpoint, lineage=lineage)
         extra: dict[str, Any] = {STATE_FILE: asdict(state)}
         if moments:
@@ -287,7 +284,7 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     if plan.examples is not None:
         config = replace(config, task=task, class_weights=plan.examples.class_weights)
     run = Run(folder, config)
-    write_json(folder / RUN_FILE, asdict(run.config))
+    write_json(folder / RUN_FILE, _as_json(config))
     if plan.train.distill and base is not None:
         save_checkpoint(base.alone(), folder / TEACHER_FOLDER)
     rounding = base.rounding if base else None
@@ -302,6 +299,13 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         torch.manual_seed(plan.train.seed)
         adapter = to_peft(model, adapt(first.model(), plan.lora))
     run.save(first, {}, State(), best=True, adapter=adapter)
+
+
+def _as_json(config: RunConfig) -> Any:
+    """As `run.json` has it. Raises OptionError for what `open_run` would not read back."""
+    value = json.loads(json.dumps(asdict(config)))
+    decode(RunConfig, value, error=OptionError, source="run", do="correct the option")
+    return value
 
 
 def _start_rounding(

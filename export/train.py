@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .data import Batch
 from .lora import adapt, from_peft, merged_state, to_peft
 from .loss import IGNORED, Lesson, linear_cross_entropy
+from .metrics import perplexity
 from .model import GPT, Attend, CausalAttention
 from .optimizer import Optimizer, rate_scale
 from .parts import parameter_of
@@ -52,13 +53,9 @@ class TrainResult:
 
     steps: int
     seconds: float
-    best_loss: float
+    best_loss: float | None  # None before the first evaluation
     reason: str  # "max_steps", "max_time", "patience" or "interrupted"
     best_metric: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.best_loss)
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,7 @@ def train(
         reason = _loop(trainer, log, bar, interrupted)
     plot_losses(run.log, run.path / PLOT_FILE)
     state = trainer.state
-    best = state.best_loss or math.nan
-    return TrainResult(state.step, state.elapsed_s, best, reason, state.best_metric)
+    return TrainResult(state.step, state.elapsed_s, state.best_loss, reason, state.best_metric)
 
 
 def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable[[], bool]) -> str:
@@ -131,16 +127,19 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
 
 def _evaluate(trainer: Trainer, log: TextIO, bar: ProgressBar) -> Judgement:
     found, step = trainer.evaluate(), trainer.state.step
-    perplexity, known, shown = math.exp(found.loss), {}, ""
+    known, shown = {"perplexity": perplexity(found.loss)}, ""
     if found.objective is not None:
         known["valid_objective"] = found.objective
         shown += f"  objective {found.objective:.4f}"
     if found.metric is not None:
         known["metric"] = found.metric
         shown += f"  metric {found.metric:.2f}"
-    _write(log, step=step, valid_loss=found.loss, perplexity=perplexity, **known)
+    _write(log, step=step, valid_loss=found.loss, **known)
     log.flush()
-    bar.say(f"step {step}  validation loss {found.loss:.4f}  perplexity {perplexity:.2f}{shown}")
+    bar.say(
+        f"step {step}  validation loss {found.loss:.4f}  "
+        f"perplexity {known['perplexity']:.2f}{shown}"
+    )
     return found
 
 

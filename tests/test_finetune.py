@@ -110,6 +110,8 @@ def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_p
         (("--column", "review=text"), ("--column", "review")),
         (("--label", "1=good"), ("'0'", "none of 1")),
         (("--lora-alpha", 4), ("--lora-rank",)),
+        (("--lora-rank", 2, "--lora-alpha", 2e6), ("lora.alpha", "correct the option")),
+        (("--epochs", "inf"), ("--epochs",)),
         (("--lora-rank", 2, "--lora-target", "wte"), ("wte", "attn.c_attn")),
         (("--set", "seq_len=2"), ("answers of at most 2",)),
         (("--valid-share", 0), ("validate by",)),
@@ -311,6 +313,9 @@ def test_an_adapted_run_resumes_bit_for_bit_and_leaves_the_base_alone(
     assert changed and all(n.endswith(("c_attn.weight", "c_fc.weight")) for n in changed)
     kept = load_checkpoint(tmp_path / "whole" / "base").state
     assert all(torch.equal(kept[name], base.state[name]) for name in kept)
+    (open_run(tmp_path / "parts").last_folder / "adapter" / ADAPTER_FILE).unlink()
+    result = run_cli(gptrt_export, "finetune", "--resume", "--out", tmp_path / "parts")
+    assert_refused(result, ADAPTER_FILE)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,41 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
         train(Poisoned(run.path, run.config), QUIET)
     assert run_pointer(run.path) == before
     assert all(t.isfinite().all() for t in load_checkpoint(run.path).state.values())
+
+
+def test_a_loss_whose_perplexity_no_float_holds_is_told(text_file: Path, tmp_path: Path) -> None:
+    plan = make_plan(text_file, max_steps=1, warmup_steps=0)
+    wild = replace(plan.train.optimizer, lr=10.0)
+    run = create_run(tmp_path / "run", replace(plan, train=replace(plan.train, optimizer=wild)))
+    loss = train(run, QUIET).best_loss
+    assert loss is not None and 710 < loss < math.inf
+    assert load_checkpoint(run.path).lineage["validation_perplexity"] == "inf"
+
+
+def test_a_disk_without_room_is_told_and_keeps_the_last_checkpoint(
+    run: Run, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    out = Path(shutil.copytree(run.path, tmp_path / "run"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # bytes of any file
+        ended = run_cli(gptrt_export, "train", "--resume", "--out", out, "--max-steps", 61)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.exit_code == 2
+    assert "model.safetensors" in ended.stderr and "has room" in ended.stderr.splitlines()[-1]
+    assert run_pointer(out) == run_pointer(run.path)
+    assert not list(out.glob(".step-*"))
+
+
+def test_moments_that_are_damaged_or_gone_are_refused(run: Run, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(run.path, tmp_path / "run"))
+    moments = open_run(out).last_folder / "optimizer.safetensors"
+    for damage in (lambda: moments.write_bytes(moments.read_bytes()[:999]), moments.unlink):
+        damage()
+        ended = run_cli(gptrt_export, "train", "--resume", "--out", out, "--max-steps", 61)
+        assert_refused(ended, "optimizer.safetensors")
 
 
 def test_a_compiled_model_learns_the_same(
@@ -291,6 +327,7 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         else ((*base, *nano), "--data"),
         ((*base, *nano, "--data", text_file, "--set", "dropout=7"), "dropout"),
         ((*base, *nano, "--data", text_file, "--set", "speed=7"), "speed"),
+        ((*base, *nano, "--data", text_file, "--set", "optimizer.beta1=1"), "beta1"),
         ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
         ((*base, *nano, "--data", text_file, "--tokenizer", tmp_path), "tokenizer.json"),
         (("train", "--out", taken, *nano, "--data", text_file), "there already"),
