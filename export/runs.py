@@ -8,6 +8,7 @@ RUN/log.jsonl          one line a step, one line an evaluation
 RUN/loss.png           the curves
 RUN/teacher/           with distillation, the checkpoint to learn from
 RUN/base/              with an adapter, the checkpoint that it adapts
+RUN/.lock              held by the process that trains
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -28,6 +31,7 @@ from tokenizers import Tokenizer
 from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, OptionError, TargetError
 from gptrt.schema import bounded, decode, read_json
+from gptrt.target import lock
 from gptrt.task import Task
 
 from . import data
@@ -63,7 +67,7 @@ from .tokenization import TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
-TEACHER_FOLDER, BASE_FOLDER = "teacher", "base"
+TEACHER_FOLDER, BASE_FOLDER, _LOCK_FILE = "teacher", "base", ".lock"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 _HELD_OUT = 0.1
 _START_TOKENS = 1 << 16  # of training text, to round by before training for rounding begins
@@ -169,7 +173,8 @@ class Run:
         adapter: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Add a checkpoint, its lineage that of the run, point at it, and only then remove those
-        that nothing points at. Of an `adapter` (PEFT's names) the checkpoint is merged already."""
+        that nothing points at, and what a kill left half-written. Of an `adapter` (PEFT's names)
+        the checkpoint is merged already."""
         name = f"step-{state.step:08d}"
         lineage = self.config.lineage | {
             "steps": str(state.step),
@@ -191,9 +196,18 @@ class Run:
         pointer = run_pointer(self.path) or {"best": name}
         pointer |= {"last": name} | ({"best": name} if best else {})
         replace_json(self.path / POINTER_FILE, pointer)
-        for old in self.path.glob("step-*"):
+        for old in (*self.path.glob("step-*"), *self.path.glob(".step-*")):
             if old.name not in pointer.values():
                 shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this process is to be the only one that writes the run. Raises TargetError if
+        another does."""
+        with (self.path / _LOCK_FILE).open("ab") as stream:
+            with suppress(OSError):  # some file systems know no locks
+                lock(stream, self.path)
+            yield
 
     def with_limits(self, max_steps: int | None, max_time: float | None) -> Run:
         """The same run, ending elsewhere."""

@@ -81,16 +81,18 @@ def train(
     With a `metric` that decides which checkpoint is the best, and when nothing is gained any more.
 
     Raises TrainingError when the loss is not a finite number; the last checkpoint stays good.
+    Raises TargetError if another process trains the run.
     """
-    trainer = Trainer(run, metric)
-    truncate_log(run.log, trainer.state.step)
-    if run.config.lora is not None:
-        learning = sum(p.numel() for p in trainer.learning.values())
-        share = learning / (sum(p.numel() for p in trainer.model.parameters()) - learning)
-        bar.say(f"an adapter of {learning:,} parameters learns, {share:.1%} of the model's")
-    with run.log.open("a") as log:
-        reason = _loop(trainer, log, bar, interrupted)
-    plot_losses(run.log, run.path / PLOT_FILE)
+    with run.alone():
+        trainer = Trainer(run, metric)
+        truncate_log(run.log, trainer.state.step)
+        if run.config.lora is not None:
+            learning = sum(p.numel() for p in trainer.learning.values())
+            share = learning / (sum(p.numel() for p in trainer.model.parameters()) - learning)
+            bar.say(f"an adapter of {learning:,} parameters learns, {share:.1%} of the model's")
+        with run.log.open("a") as log:
+            reason = _loop(trainer, log, bar, interrupted)
+        plot_losses(run.log, run.path / PLOT_FILE)
     state = trainer.state
     return TrainResult(state.step, state.elapsed_s, state.best_loss, reason, state.best_metric)
 

@@ -222,6 +222,20 @@ def test_resuming_with_the_whole_command_keeps_the_runs_own_settings_and_says_so
     assert open_run(run.path).last()[0].config == run.config.model
 
 
+def test_a_run_is_trained_by_one_process_and_rid_of_what_a_killed_one_left(
+    text_file: Path, tmp_path: Path
+) -> None:
+    run = create_run(tmp_path / "run", make_plan(text_file, max_steps=1))
+    half = run.path / ".step-00000009.1234abcd.partial"
+    half.mkdir()
+    with run.alone():
+        busy = run_cli(gptrt_export, "train", "--resume", "--out", run.path)
+    assert_refused(busy, f"{run.path} for this run alone")
+    assert half.exists() and not run.log.exists()
+    train(run, QUIET)
+    assert not half.exists()
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     create_run(out, make_plan(text_file, eval_every=10_000, max_steps=100_000))
