@@ -209,14 +209,25 @@ class Run:
                 lock(stream, self.path)
             yield
 
-    def with_limits(self, max_steps: int | None, max_time: float | None) -> Run:
-        """The same run, ending elsewhere."""
+    def continued(
+        self,
+        *,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        device: Literal["cpu", "cuda"] | None = None,
+    ) -> Run:
+        """The same run, to another end or on another device from now on. Raises OptionError for a
+        limit that there is not, TargetError if another process trains it."""
         train = self.config.train
         if max_steps is not None:
             train = replace(train, max_steps=max_steps)
         if max_time is not None:
             train = replace(train, max_time=max_time)
-        return replace(self, config=replace(self.config, train=train))
+        config = replace(self.config, train=train, device=device or self.config.device)
+        if config != self.config:
+            with self.alone():
+                replace_json(self.path / RUN_FILE, _as_json(config))
+        return replace(self, config=config)
 
 
 def tokens_per_step(train: TrainConfig) -> int:

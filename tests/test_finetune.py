@@ -296,15 +296,19 @@ def test_an_adapted_run_resumes_bit_for_bit_and_leaves_the_base_alone(
         "--lora-target",
         "mlp.c_fc",
     )
-    for name in ("whole", "parts"):
-        out = tmp_path / name
-        result = run_cli(
-            gptrt_export, *task, "--out", out, *LABELS, *QUICK, *lora, "--set", "max_steps=8",
-            *(("--max-time", 0) if name == "parts" else ()),
-        )  # fmt: skip
+    lora += ("--set", "final_lr=1", "--max-time", 1e5)  # rates that no limit decides
+    for name, steps in (("whole", 8), ("parts", 4)):
+        made = ("--out", tmp_path / name, *LABELS, *QUICK, *lora, "--set", f"max_steps={steps}")
+        result = run_cli(gptrt_export, *task, *made)
         assert result.exit_code == 0, result.output
-    result = run_cli(gptrt_export, "finetune", "--resume", "--out", tmp_path / "parts")
+    go_on = ("train", "--resume", "--out", tmp_path / "parts")  # of a task all the same
+    result = run_cli(gptrt_export, *go_on, "--max-steps", 8)
     assert result.exit_code == 0, result.output
+    assert "by its own metric" in result.stderr and "test.jsonl" in result.stderr
+    log = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log if "metric" in line] == [0, 4, 8]
+    configs = [open_run(tmp_path / name).config.train for name in ("whole", "parts")]
+    assert configs[0] == configs[1] and configs[0].max_time == 1e5
     adapters = [open_run(tmp_path / name).adapter() for name in ("whole", "parts")]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     whole, base = (load_checkpoint(p) for p in (open_run(tmp_path / "whole").last_folder, run.path))

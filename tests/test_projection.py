@@ -189,7 +189,7 @@ def test_training_for_rounding_keeps_the_basis_and_other_software_sees_a_plain_m
 def test_training_for_rounding_goes_on_where_it_stopped(trained_for_rounding: Run) -> None:
     done = [line for line in losses(trained_for_rounding) if "objective" in line]
     assert len(done) == 8
-    longer = open_run(trained_for_rounding.path).with_limits(10, None)
+    longer = open_run(trained_for_rounding.path).continued(max_steps=10)
     before, *_ = trained_for_rounding.last()
     train(longer, QUIET)
     after, _, state = longer.last()

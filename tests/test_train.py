@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
     text_file: Path, tmp_path: Path
 ) -> None:
     run = create_run(tmp_path / "run", make_plan(text_file, eval_every=3))
-    train(run.with_limits(3, None), QUIET)
+    train(run.continued(max_steps=3), QUIET)
     before = run_pointer(run.path)
     ids = np.fromfile(run.train_ids, "<u4")
     checkpoint, moments, state = run.last()
@@ -181,6 +181,9 @@ def test_what_cannot_be_compiled_is_refused(
     rounding = run_cli(gptrt_export, *asked, "--from", run.path, "--quantize", "int4")
     assert_refused(rounding, "compile=true", "--quantize")
     assert not out.exists()
+    create_run(out, make_plan(text_file, compile=True))
+    elsewhere = run_cli(gptrt_export, "train", "--resume", "--out", out)
+    assert_refused(elsewhere, "compiler", "compile=true")
 
 
 def test_validation_that_no_longer_gains_ends_the_run(text_file: Path, tmp_path: Path) -> None:
@@ -207,19 +210,50 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_that_resumes(
         checkpoint, _, state = open_run(out).last()
         assert state.step > steps
         assert all(tensor.isfinite().all() for tensor in checkpoint.state.values())
-    result = train(open_run(out).with_limits(state.step + 2, None), QUIET)
+    result = train(open_run(out).continued(max_steps=state.step + 2), QUIET)
     assert result.steps == state.step + 2
 
 
-def test_resuming_with_the_whole_command_keeps_the_runs_own_settings_and_says_so(
+def test_a_resumed_run_keeps_its_settings_and_takes_other_limits_for_good(
     text_file: Path, tmp_path: Path
 ) -> None:
     run = create_run(tmp_path / "run", make_plan(text_file))
-    arguments = ("train", "--preset", "nano-char", "--data", text_file, "--out", run.path)
-    done = run_cli(gptrt_export, *arguments, "--resume", "--max-steps", 2)
+    go_on = ("train", "--out", run.path, "--resume")
+    done = run_cli(gptrt_export, *go_on, "--max-steps", 0)
+    assert "0 steps" in done.stderr and "nothing validated" in done.stderr
+    repeated = ("--preset", "nano-char", "--data", text_file)
+    done = run_cli(gptrt_export, *go_on, *repeated, "--max-steps", 2)
     assert done.exit_code == 0, done.output
-    assert "those that it was started with" in done.stderr
+    assert "--preset, --data are those that it was started with" in done.stderr
     assert open_run(run.path).last()[0].config == run.config.model
+    assert run_cli(gptrt_export, *go_on, "--max-time", 1e5).exit_code == 0
+    kept = open_run(run.path).config
+    assert kept == replace(run.config, train=replace(run.config.train, max_steps=2, max_time=1e5))
+    recipe = ("--block-size", 64, "--head-bits", 2, "--no-projection")
+    for words, *options in (
+        ("--block-size, --head-bits, --projection", *recipe),
+        ("--set", "--set", "dropout=0"),
+        ("--tokenizer", "--tokenizer", tmp_path),
+    ):
+        assert_refused(run_cli(gptrt_export, *go_on, *options), f"found {words};")
+    tuning = ("finetune", "--out", run.path, "--resume", "--class-weights", "none", "--epochs", 2)
+    assert_refused(run_cli(gptrt_export, *tuning), "--class-weights, --epochs")
+    assert_refused(run_cli(gptrt_export, *go_on, "--max-time", "nan"), "max_time", "correct")
+    assert open_run(run.path).config == kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a card is asked for")
+def test_a_run_that_was_begun_on_a_card_goes_on_without_one(
+    text_file: Path, tmp_path: Path
+) -> None:
+    run = create_run(tmp_path / "run", replace(make_plan(text_file, max_steps=1), device="cuda"))
+    go_on = ("train", "--out", run.path, "--resume")
+    for options in ((), ("--device", "cuda")):
+        assert_refused(run_cli(gptrt_export, *go_on, *options), "CUDA", "--device cpu")
+    for options in (("--device", "cpu"), ()):
+        done = run_cli(gptrt_export, *go_on, *options)
+        assert done.exit_code == 0, done.output
+    assert open_run(run.path).last()[2].step == 1
 
 
 def test_a_run_is_trained_by_one_process_and_rid_of_what_a_killed_one_left(
