@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 @click.option("--lora-alpha", type=click.FloatRange(0), help="Its scale; twice the rank.")
 @click.option("--lora-dropout", type=click.FloatRange(0, 0.99), default=0.0)
 @click.option("--lora-target", "targets", multiple=True, help="attn.c_attn, mlp.c_fc ...: all.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Times to read the table.")
+@click.option(
+    "--epochs",
+    type=click.FloatRange(0, min_open=True),
+    help="Times to read the table, if no other limit ends it before.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--max-time", type=click.FloatRange(min=0), help="Seconds of training.")
@@ -75,7 +79,7 @@ def finetune(
       --column answer=label --label 1=positive --label 0=negative --out runs/reviews
     """
     from .estimate import estimate, tables_request
-    from .finetune import EPOCHS, Tables, plan_finetuning
+    from .finetune import Tables, plan_finetuning
     from .hub import local_checkpoint
     from .lora import lora_config
     from .progress import ProgressBar
@@ -101,7 +105,7 @@ def finetune(
         prompt=prompt,
         lora=lora_config(lora_rank, lora_alpha, lora_dropout, targets),
         class_weights=class_weights,
-        epochs=epochs or EPOCHS,
+        epochs=epochs,
         device=device,
         settings=pairs("--set", settings) | limit,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_p
         (("--lora-alpha", 4), ("--lora-rank",)),
         (("--lora-rank", 2, "--lora-alpha", 2e6), ("lora.alpha", "correct the option")),
         (("--epochs", "inf"), ("--epochs",)),
+        (("--task", "lm", "--label", "1=good"), ("--label for a classification", "lm")),
         (("--lora-rank", 2, "--lora-target", "wte"), ("wte", "attn.c_attn")),
         (("--set", "seq_len=2"), ("answers of at most 2",)),
         (("--valid-share", 0), ("validate by",)),
@@ -363,6 +365,22 @@ def test_labels_that_nothing_was_learnt_of_are_refused(
         plan_finetuning("classification", run.path, tables)
     with pytest.raises(OptionError, match="classification"):
         plan_finetuning("lm", run.path, Tables([reviews]), class_weights="balanced")
+
+
+def test_a_run_ends_by_epochs_or_steps_whichever_come_first(run: Run, reviews: Path) -> None:
+    plan = partial(
+        plan_finetuning, *("lm", run.path, Tables([reviews], columns={"answer": "text"}))
+    )
+
+    def steps(**limit: str) -> dict[float | None, int]:
+        settings = {"batch_size": "2", "seq_len": "64"} | limit
+        each = ((n, plan(epochs=n, settings=settings)) for n in (None, 1))
+        return {n: made.train.max_steps for n, made in each}
+
+    alone = steps()
+    assert alone[None] == pytest.approx(4 * alone[1], abs=2) and alone[1] > 9
+    assert steps(max_steps="9") == {None: 9, 1: 9}
+    assert steps(max_steps="999") == {None: 999, 1: alone[1]}
 
 
 def test_a_model_without_an_end_of_text_is_refused(run: Run, reviews: Path, tmp_path: Path) -> None:

@@ -135,6 +135,11 @@ def test_training_for_rounding_projects_as_it_is_told() -> None:
         assert recipe.projects(wide) is projects
     with pytest.raises(OptionError, match="found --block-size, --head-bits or --projection"):
         recipe_to_train(None, None, None, projection=False)
+    for given in ((0, None), (None, 0)):  # none of them is the same as left out
+        with pytest.raises(OptionError, match="found --block-size"):
+            recipe_to_train(None, *given)
+        with pytest.raises(OptionError, match="found 0"):
+            recipe_to_train("int4", *given)
 
 
 def test_only_a_large_vocabulary_of_few_bits_is_projected(run: Run) -> None:

@@ -368,6 +368,7 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         ((*base, "--preset", "huge", "--data", text_file), "nano-char"),
         ((*base, "--data", text_file), "--preset"),
         ((*base, *nano), "--data"),
+        ((*base, *nano, "--data", text_file, "--from", ROOT / "models" / "tales"), "both"),
         ((*base, *nano, "--data", binary), "UTF-8"),
         ((*base, *nano, "--data", empty), "text"),
         ((*base, *nano, "--data", text_file, "--device", "cuda"), "CUDA")
