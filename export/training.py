@@ -35,7 +35,7 @@ def resumed(
         raise OptionError(
             "--resume with --device and limits alone, as a run keeps its settings",
             found=", ".join(refused),
-            do="leave it out, or start another run",
+            do="leave that out, or start another run",
         )
     run = open_run(out)
     if kept := [option for name, option in given.items() if name in _KEPT]:
