@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gptrt.architecture import ModelConfig
 from gptrt.chat import ChatTemplate
-from gptrt.errors import CheckpointError, TargetError
+from gptrt.errors import CheckpointError, TargetError, first_line
 from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
 from gptrt.schema import decode, read_json
 from gptrt.task import Task
@@ -151,7 +151,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             found=str(e),
             do="correct it",
         ) from e
-    state = family.from_tensors(config, dict(_read_tensors(folder)))
+    state = family.from_tensors(config, dict(_read_weights(folder)))
     state = {name: tensor.float().contiguous() for name, tensor in state.items()}
     lineage, vocabulary = folder / LINEAGE_FILE, folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
@@ -213,7 +213,7 @@ def _with_rounding(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     if not (folder / FORMATS_FILE).is_file():
         return checkpoint
     formats = read_json(folder / FORMATS_FILE, error=CheckpointError)
-    tensors = dict(_read_file(folder / ROUNDING_FILE))
+    tensors = dict(read_tensors(folder / ROUNDING_FILE))
     if isinstance(formats, dict) and PROJECTIONS & formats.keys():
         checkpoint = checkpoint.projected()
         if left := _basis_of(checkpoint) - set(map(parameter_of, formats)):
@@ -241,12 +241,13 @@ def _read_task(folder: Path) -> Task | None:
     )
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in _weight_files(folder):
-        yield from _read_file(file)
+        yield from read_tensors(file)
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all in a file. Raises CheckpointError."""
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
@@ -323,8 +324,14 @@ def save_checkpoint(
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises TargetError where the disk does not take them."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as e:
+        raise TargetError(
+            f"to write {path}", found=first_line(e), do="see that the disk has room"
+        ) from e
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptrt.cli import INTERRUPTED, OneLineErrors
+from gptrt.cli import OneLineErrors
 
 from . import cli_tasks
-from .console import PATH, interruptible, pairs, report, resume_line, say
+from .console import PATH, pairs, report, say
 
 if TYPE_CHECKING:
     from .quantize import Mode
@@ -41,7 +40,7 @@ for _command in (cli_tasks.finetune, cli_tasks.evaluate, cli_tasks.estimate):
 @click.option("--from", "start", type=PATH, help="Fine-tune this checkpoint or bundle.")
 @click.option("--tokenizer", type=PATH, help="tokenizer.json, or a folder with GPT-2's files.")
 @click.option(
-    "--resume", is_flag=True, help="Go on with the run in --out, with its own data and settings."
+    "--resume", is_flag=True, help="Go on with the run in --out; its limits and device may change."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--max-steps", type=click.IntRange(min=0))
@@ -83,35 +82,24 @@ def train(
     """
     from .hub import local_checkpoint
     from .progress import ProgressBar
-    from .runs import create_run, open_run
+    from .runs import create_run
     from .start import plan_run, recipe_to_train
-    from .train import train as run_training
+    from .training import resumed, train_to_end
 
     if resume:
-        run = open_run(out)
-        if preset or data or valid or start or tokenizer or settings or mode or distill:
-            say(f"resuming {out}: model, data and settings are those that it was started with")
-    else:
-        texts, held_out, changes = list(data), list(valid), pairs("--set", settings)
-        if distill is not None:
-            changes["distill"] = str(distill)
-        recipe = recipe_to_train(mode, block_size, head_bits, projection)
-        start = local_checkpoint(start) if start else None
-        plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer, recipe)
-        with ProgressBar("preparing") as bar:
-            run = create_run(out, plan, bar.update)
-    run = run.with_limits(max_steps, max_time)
-    with interruptible() as interrupted, ProgressBar("training") as bar:
-        result = run_training(run, bar, interrupted)
-    if result.reason == "interrupted":
-        click.echo(f"stopped at step {result.steps}; go on with: {resume_line(out)}", err=True)
-        sys.exit(INTERRUPTED)
-    click.echo(
-        f"{result.steps} steps in {result.seconds:.0f} s, ended by {result.reason}; "
-        f"best validation loss {result.best_loss:.4f}, perplexity {result.perplexity:.2f}; "
-        f"curves in {out / 'loss.png'}",
-        err=True,
-    )
+        train_to_end(resumed(out, device, max_steps, max_time))
+        return
+    texts, held_out, changes = list(data), list(valid), pairs("--set", settings)
+    own = {"max_steps": max_steps, "max_time": max_time, "distill": distill}
+    changes |= {name: str(value) for name, value in own.items() if value is not None}
+    recipe = recipe_to_train(mode, block_size, head_bits, projection)
+    if preset and start:
+        say("--from brings shape, tokenizer and ways of its own: nothing of the preset is taken")
+    start = local_checkpoint(start) if start else None
+    plan = plan_run(preset, start, texts, held_out, device, changes, tokenizer, recipe)
+    with ProgressBar("preparing") as bar:
+        run = create_run(out, plan, bar.update)
+    train_to_end(run)
 
 
 @main.command()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
-from gptrt.cli import INTERRUPTED
 from gptrt.errors import OptionError, TargetError
 from gptrt.task import Kind
 
-from .console import PATH, interruptible, pairs, resume_line, say
+from .console import PATH, pairs
 
 if TYPE_CHECKING:
     from .needs import Estimate
@@ -41,7 +39,11 @@ if TYPE_CHECKING:
 @click.option("--lora-alpha", type=click.FloatRange(0), help="Its scale; twice the rank.")
 @click.option("--lora-dropout", type=click.FloatRange(0, 0.99), default=0.0)
 @click.option("--lora-target", "targets", multiple=True, help="attn.c_attn, mlp.c_fc ...: all.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Times to read the table.")
+@click.option(
+    "--epochs",
+    type=click.FloatRange(0, min_open=True),
+    help="Times to read the table, if no other limit ends it before.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--max-time", type=click.FloatRange(min=0), help="Seconds of training.")
@@ -77,60 +79,42 @@ def finetune(
       --column answer=label --label 1=positive --label 0=negative --out runs/reviews
     """
     from .estimate import estimate, tables_request
-    from .finetune import EPOCHS, Tables, finish, plan_finetuning, task_metric
+    from .finetune import Tables, plan_finetuning, task_metric
     from .hub import local_checkpoint
     from .lora import lora_config
     from .progress import ProgressBar
-    from .runs import create_run, open_run
-    from .train import train as run_training
+    from .runs import create_run
+    from .training import resumed, train_to_end
 
-    if resume and only_estimate:
-        raise OptionError("--estimate of a run to begin", found="--resume", do="leave one out")
     if resume:
-        run = open_run(out)
-        if kind or start or data or settings:
-            say(f"resuming {out}: model, data and settings are those that it was started with")
-    else:
-        if kind is None or start is None or not data:
-            raise OptionError(
-                "--task, --from and --data", found="not all of them", do="add what is missing"
-            )
-        tables = Tables(
-            *(data, valid, test, pairs("--column", columns), pairs("--label", labels)),
-            valid_share=valid_share,
-            test_share=test_share,
+        train_to_end(resumed(out, device, max_time=max_time))
+        return
+    if kind is None or start is None or not data:
+        raise OptionError(
+            "--task, --from and --data", found="not all of them", do="add what is missing"
         )
-        plan = partial(
-            plan_finetuning,
-            *(kind, local_checkpoint(start), tables),
-            prompt=prompt,
-            lora=lora_config(lora_rank, lora_alpha, lora_dropout, targets),
-            class_weights=class_weights,
-            epochs=epochs or EPOCHS,
-            device=device,
-        )
-        given = pairs("--set", settings)
-        if only_estimate:
-            limit = {} if max_time is None else {"max_time": str(max_time)}
-            _tell(estimate(tables_request(partial(plan, settings=given | limit), task_metric)))
-            return
-        with ProgressBar("preparing") as bar:
-            run = create_run(out, plan(settings=given), bar.update)
-    run = run.with_limits(None, max_time)
-    with interruptible() as interrupted, ProgressBar("training") as bar:
-        result = run_training(run, bar, interrupted, task_metric(run))
-    if result.reason == "interrupted":
-        line = resume_line(out, "finetune")
-        click.echo(f"stopped at step {result.steps}; go on with: {line}", err=True)
-        sys.exit(INTERRUPTED)
-    finish(run)
-    found = "" if result.best_metric is None else f", {result.best_metric:.2f} by its own metric"
-    click.echo(
-        f"{result.steps} steps in {result.seconds:.0f} s, ended by {result.reason}; "
-        f"best validation loss {result.best_loss:.4f}{found}; examples that nothing was learnt "
-        f"from are in {out / 'data' / 'test.jsonl'}",
-        err=True,
+    tables = Tables(
+        *(data, valid, test, pairs("--column", columns), pairs("--label", labels)),
+        valid_share=valid_share,
+        test_share=test_share,
     )
+    limit = {} if max_time is None else {"max_time": str(max_time)}
+    plan = partial(
+        plan_finetuning,
+        *(kind, local_checkpoint(start), tables),
+        prompt=prompt,
+        lora=lora_config(lora_rank, lora_alpha, lora_dropout, targets),
+        class_weights=class_weights,
+        epochs=epochs,
+        device=device,
+        settings=pairs("--set", settings) | limit,
+    )
+    if only_estimate:
+        _tell(estimate(tables_request(plan, task_metric)))
+        return
+    with ProgressBar("preparing") as bar:
+        run = create_run(out, plan(), bar.update)
+    train_to_end(run)
 
 
 @click.command()

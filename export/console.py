@@ -24,11 +24,6 @@ def pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def resume_line(out: Path, command: str = "train") -> str:
-    """What to type to go on."""
-    return f"gptrt-export {command} --resume --out {out}"
-
-
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C or a polite kill asks the loop to save and stop; a second Ctrl-C stops at once."""

@@ -52,7 +52,7 @@ PROMPTS: dict[Kind, str] = {
     "translation": "{text}\n\nTranslation:",
     "summarization": "{text}\n\nSummary:",
 }
-EPOCHS = 4
+_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,15 @@ def plan_finetuning(
     prompt: str | None = None,
     lora: LoraConfig | None = None,
     class_weights: Literal["none", "balanced"] = "none",
-    epochs: float = EPOCHS,
+    epochs: float | None = None,
     device: str = "auto",
     settings: Mapping[str, str] | None = None,
 ) -> RunPlan:
-    """Raises a GptrtError for a checkpoint, table, template or setting that is not right."""
+    """The run ends after `epochs` or the `max_steps` of the settings, whichever come first; after 4
+    epochs where neither is given. Raises a GptrtError for a checkpoint, table, template or setting
+    that is not right."""
+    if epochs is not None and not math.isfinite(epochs):
+        raise OptionError("a number of --epochs", found=f"{epochs}", do="correct it")
     start = load_checkpoint_or_bundle(checkpoint)
     if start.rounding is not None:
         raise CheckpointError(
@@ -119,9 +123,12 @@ def plan_finetuning(
         raise OptionError(
             "--prompt, whose loss prompt_share weighs", found="none", do="leave prompt_share out"
         )
-    if "max_steps" not in (settings or {}):
+    ends = [config.max_steps] if "max_steps" in (settings or {}) else []
+    if epochs is not None or not ends:
+        epochs = _EPOCHS if epochs is None else epochs
         rows = count_rows(examples, start.tokenizer, config.seq_len)
-        config = replace(config, max_steps=max(1, round(epochs * rows / rows_per_step(config))))
+        ends.append(max(1, round(epochs * rows / rows_per_step(config))))
+    config = replace(config, max_steps=min(ends))
     on = choose_device(device)
     if config.compile:
         check_compiler(on)
@@ -190,6 +197,8 @@ def _with_labels(task: Task, examples: Sequence[Example]) -> Task:
 
 def read_examples(paths: Sequence[Path], task: Task, tables: Tables) -> list[Example]:
     """All examples of some tables, every fault of a table listed. Raises DataError."""
+    if tables.labels and task.kind != "classification":
+        raise OptionError("--label for a classification", found=task.kind, do="leave it out")
     names = {name: tables.columns.get(name, name) for name in (*task.fields, ANSWER)}
     if not task.fields and ANSWER not in tables.columns:
         names[ANSWER] = TEXT

@@ -118,11 +118,12 @@ def answer_perplexity(nll: Sequence[float], tokens: Sequence[int]) -> Scored:
     over each answer, `tokens` their counts. 1 is certainty; it is no percentage."""
     sums = np.array(_pairs(nll, tokens), np.float64)
 
-    def score(total: Float) -> float:
-        mean = float(total[0] / total[1])
-        return math.exp(mean) if mean < math.log(np.finfo(np.float64).max) else math.inf
+    return _scored("perplexity", sums, lambda total: perplexity(float(total[0] / total[1])))
 
-    return _scored("perplexity", sums, score)
+
+def perplexity(loss: float) -> float:
+    """Of a mean in nats a token; infinity where that is beyond what a float holds."""
+    return math.exp(loss) if loss < math.log(np.finfo(np.float64).max) else math.inf
 
 
 def imported(module: str) -> Any:

@@ -35,8 +35,8 @@ class OptimizerConfig:
     scale_lr: float = bounded(0.0, 10.0, default=1e-3)
     position_pull: float = bounded(0.0, 1.0, default=5e-4)
     weight_decay: float = bounded(0.0, 10.0, default=0.1)
-    beta1: float = bounded(0.0, 1.0, default=0.9)
-    beta2: float = bounded(0.0, 1.0, default=0.95)
+    beta1: float = bounded(0.0, 0.999999, default=0.9)
+    beta2: float = bounded(0.0, 0.999999, default=0.95)
     momentum: float = bounded(0.0, 1.0, default=0.95)
 
 

@@ -72,8 +72,9 @@ class Recipe:
     projection: bool | None = None
 
     def __post_init__(self) -> None:
-        BlockFormat(self.bits, self.block_size or _FINE_BLOCK)
-        BlockFormat(self.bits_of_head, self.block_size or _FINE_BLOCK)
+        size = _FINE_BLOCK if self.block_size is None else self.block_size
+        for bits in (self.bits, self.bits_of_head):
+            BlockFormat(bits, size)
         if self.method in _OWN_ZEROS and self.symmetric:
             raise OptionError(
                 f"a method for symmetric blocks: {', '.join(set(METHODS) - _OWN_ZEROS)}",
@@ -95,7 +96,7 @@ class Recipe:
 
     @property
     def bits_of_head(self) -> int:
-        return self.head_bits or HEAD_BITS[self.bits]
+        return HEAD_BITS[self.bits] if self.head_bits is None else self.head_bits
 
     @property
     def chosen_method(self) -> Method:

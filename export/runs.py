@@ -8,14 +8,16 @@ RUN/log.jsonl          one line a step, one line an evaluation
 RUN/loss.png           the curves
 RUN/teacher/           with distillation, the checkpoint to learn from
 RUN/base/              with an adapter, the checkpoint that it adapts
+RUN/.lock              held by the process that trains
 """
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -27,8 +29,9 @@ import torch
 from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
-from gptrt.errors import CheckpointError, TargetError
+from gptrt.errors import CheckpointError, OptionError, TargetError
 from gptrt.schema import bounded, decode, read_json
+from gptrt.target import lock
 from gptrt.task import Task
 
 from . import data
@@ -37,6 +40,7 @@ from .checkpoint import (
     POINTER_FILE,
     Checkpoint,
     load_checkpoint,
+    read_tensors,
     replace_json,
     run_pointer,
     save_checkpoint,
@@ -53,6 +57,7 @@ from .lora import (
     peft_config,
     to_peft,
 )
+from .metrics import perplexity
 from .model import GPT
 from .optimizer import OptimizerConfig
 from .progress import Progress, silent
@@ -62,7 +67,7 @@ from .tokenization import TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
-TEACHER_FOLDER, BASE_FOLDER = "teacher", "base"
+TEACHER_FOLDER, BASE_FOLDER, _LOCK_FILE = "teacher", "base", ".lock"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 _HELD_OUT = 0.1
 _START_TOKENS = 1 << 16  # of training text, to round by before training for rounding begins
@@ -146,20 +151,16 @@ class Run:
         return self.path / run_pointer(self.path)["last"]
 
     def adapter(self) -> dict[str, torch.Tensor]:
-        """The tensors of the last adapter, in PEFT's format."""
-        from safetensors.torch import load_file
-
-        return load_file(self.last_folder / ADAPTER_FOLDER / ADAPTER_FILE)
+        """The tensors of the last adapter, in PEFT's format. Raises CheckpointError."""
+        return dict(read_tensors(self.last_folder / ADAPTER_FOLDER / ADAPTER_FILE))
 
     def last(self) -> tuple[Checkpoint, dict[str, torch.Tensor], State]:
-        """Weights, optimizer moments and state of the last checkpoint."""
-        from safetensors.torch import load_file
-
+        """Weights, optimizer moments and state of the last checkpoint. Raises CheckpointError."""
         folder = self.last_folder
         value = read_json(folder / STATE_FILE, error=CheckpointError)
         state = decode(State, value, error=CheckpointError, source=str(folder / STATE_FILE))
-        moments = folder / OPTIMIZER_FILE
-        return load_checkpoint(folder), load_file(moments) if moments.is_file() else {}, state
+        moments = dict(read_tensors(folder / OPTIMIZER_FILE)) if state.step else {}
+        return load_checkpoint(folder), moments, state
 
     def save(
         self,
@@ -172,7 +173,8 @@ class Run:
         adapter: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Add a checkpoint, its lineage that of the run, point at it, and only then remove those
-        that nothing points at. Of an `adapter` (PEFT's names) the checkpoint is merged already."""
+        that nothing points at, and what a kill left half-written. Of an `adapter` (PEFT's names)
+        the checkpoint is merged already."""
         name = f"step-{state.step:08d}"
         lineage = self.config.lineage | {
             "steps": str(state.step),
@@ -181,7 +183,7 @@ class Run:
         if self.config.task is None:
             lineage["tokens_seen"] = str(state.step * tokens_per_step(self.config.train))
         if valid_loss is not None:
-            lineage["validation_perplexity"] = f"{math.exp(valid_loss):.2f}"
+            lineage["validation_perplexity"] = f"{perplexity(valid_loss):.2f}"
         checkpoint = replace(checkpoint, lineage=lineage)
         extra: dict[str, Any] = {STATE_FILE: asdict(state)}
         if moments:
@@ -194,18 +196,38 @@ class Run:
         pointer = run_pointer(self.path) or {"best": name}
         pointer |= {"last": name} | ({"best": name} if best else {})
         replace_json(self.path / POINTER_FILE, pointer)
-        for old in self.path.glob("step-*"):
+        for old in (*self.path.glob("step-*"), *self.path.glob(".step-*")):
             if old.name not in pointer.values():
                 shutil.rmtree(old, ignore_errors=True)
 
-    def with_limits(self, max_steps: int | None, max_time: float | None) -> Run:
-        """The same run, ending elsewhere."""
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this process is to be the only one that writes the run. Raises TargetError if
+        another does."""
+        with (self.path / _LOCK_FILE).open("ab") as stream:
+            with suppress(OSError):  # some file systems know no locks
+                lock(stream, self.path)
+            yield
+
+    def continued(
+        self,
+        *,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        device: Literal["cpu", "cuda"] | None = None,
+    ) -> Run:
+        """The same run, to another end or on another device from now on. Raises OptionError for a
+        limit that there is not, TargetError if another process trains it."""
         train = self.config.train
         if max_steps is not None:
             train = replace(train, max_steps=max_steps)
         if max_time is not None:
             train = replace(train, max_time=max_time)
-        return replace(self, config=replace(self.config, train=train))
+        config = replace(self.config, train=train, device=device or self.config.device)
+        if config != self.config:
+            with self.alone():
+                replace_json(self.path / RUN_FILE, _as_json(config))
+        return replace(self, config=config)
 
 
 def tokens_per_step(train: TrainConfig) -> int:
@@ -289,7 +311,7 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     if plan.examples is not None:
         config = replace(config, task=task, class_weights=plan.examples.class_weights)
     run = Run(folder, config)
-    write_json(folder / RUN_FILE, asdict(run.config))
+    write_json(folder / RUN_FILE, _as_json(config))
     if plan.train.distill and base is not None:
         save_checkpoint(base.alone(), folder / TEACHER_FOLDER)
     rounding = base.rounding if base else None
@@ -304,6 +326,13 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         torch.manual_seed(plan.train.seed)
         adapter = to_peft(model, adapt(first.model(), plan.lora))
     run.save(first, {}, State(), best=True, adapter=adapter)
+
+
+def _as_json(config: RunConfig) -> Any:
+    """As `run.json` has it. Raises OptionError for what `open_run` would not read back."""
+    value = json.loads(json.dumps(asdict(config)))
+    decode(RunConfig, value, error=OptionError, source="run", do="correct the option")
+    return value
 
 
 def _start_rounding(

@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .data import Batch
 from .lora import adapt, from_peft, merged_state, to_peft
 from .loss import IGNORED, Lesson, linear_cross_entropy
+from .metrics import perplexity
 from .model import GPT, Attend, CausalAttention
 from .optimizer import Optimizer, rate_scale
 from .parts import parameter_of
@@ -52,13 +53,9 @@ class TrainResult:
 
     steps: int
     seconds: float
-    best_loss: float
+    best_loss: float | None  # None before the first evaluation
     reason: str  # "max_steps", "max_time", "patience" or "interrupted"
     best_metric: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.best_loss)
 
 
 @dataclass(frozen=True)
@@ -84,19 +81,20 @@ def train(
     With a `metric` that decides which checkpoint is the best, and when nothing is gained any more.
 
     Raises TrainingError when the loss is not a finite number; the last checkpoint stays good.
+    Raises TargetError if another process trains the run.
     """
-    trainer = Trainer(run, metric)
-    truncate_log(run.log, trainer.state.step)
-    if run.config.lora is not None:
-        learning = sum(p.numel() for p in trainer.learning.values())
-        share = learning / (sum(p.numel() for p in trainer.model.parameters()) - learning)
-        bar.say(f"an adapter of {learning:,} parameters learns, {share:.1%} of the model's")
-    with run.log.open("a") as log:
-        reason = _loop(trainer, log, bar, interrupted)
-    plot_losses(run.log, run.path / PLOT_FILE)
+    with run.alone():
+        trainer = Trainer(run, metric)
+        truncate_log(run.log, trainer.state.step)
+        if run.config.lora is not None:
+            learning = sum(p.numel() for p in trainer.learning.values())
+            share = learning / (sum(p.numel() for p in trainer.model.parameters()) - learning)
+            bar.say(f"an adapter of {learning:,} parameters learns, {share:.1%} of the model's")
+        with run.log.open("a") as log:
+            reason = _loop(trainer, log, bar, interrupted)
+        plot_losses(run.log, run.path / PLOT_FILE)
     state = trainer.state
-    best = state.best_loss or math.nan
-    return TrainResult(state.step, state.elapsed_s, best, reason, state.best_metric)
+    return TrainResult(state.step, state.elapsed_s, state.best_loss, reason, state.best_metric)
 
 
 def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable[[], bool]) -> str:
@@ -116,11 +114,14 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
         _write(log, step=state.step, **{what: loss}, tok_s=round(speed, 1))
         stop = interrupted()
         due = state.step % config.eval_every == 0 or bool(trainer.finished())
-        if due or stop:
+        if due:
             found = _evaluate(trainer, log, bar)
-            # Out of turn it does not count: a run that goes on must take the same decisions as
-            # one that was never interrupted.
-            trainer.save(found.loss, best=due and trainer.judge(found))
+            trainer.save(found.loss, best=trainer.judge(found))
+        elif stop:
+            # Nothing is judged out of turn: it would take its time, and a run that goes on must
+            # take the same decisions as one that was never interrupted. But what has learnt is
+            # better than what has not.
+            trainer.save(None, best=state.best_loss is None)
         if stop:
             return "interrupted"
     return reason
@@ -128,16 +129,19 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
 
 def _evaluate(trainer: Trainer, log: TextIO, bar: ProgressBar) -> Judgement:
     found, step = trainer.evaluate(), trainer.state.step
-    perplexity, known, shown = math.exp(found.loss), {}, ""
+    known, shown = {"perplexity": perplexity(found.loss)}, ""
     if found.objective is not None:
         known["valid_objective"] = found.objective
         shown += f"  objective {found.objective:.4f}"
     if found.metric is not None:
         known["metric"] = found.metric
         shown += f"  metric {found.metric:.2f}"
-    _write(log, step=step, valid_loss=found.loss, perplexity=perplexity, **known)
+    _write(log, step=step, valid_loss=found.loss, **known)
     log.flush()
-    bar.say(f"step {step}  validation loss {found.loss:.4f}  perplexity {perplexity:.2f}{shown}")
+    bar.say(
+        f"step {step}  validation loss {found.loss:.4f}  "
+        f"perplexity {known['perplexity']:.2f}{shown}"
+    )
     return found
 
 
@@ -265,7 +269,7 @@ class Trainer:
             self.state = replace(state, stale=state.stale + 1)
         return gained
 
-    def save(self, valid_loss: float, *, best: bool) -> None:
+    def save(self, valid_loss: float | None, *, best: bool) -> None:
         """A checkpoint of everything, named the best of the run if it is. Where a mean is kept, it
         is the mean that is saved as the model, and the latest parameters beside the moments."""
         moments = self.optimizer.state()
@@ -277,7 +281,7 @@ class Trainer:
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
 
-    def _save(self, moments: dict[str, Tensor], valid_loss: float, *, best: bool) -> None:
+    def _save(self, moments: dict[str, Tensor], valid_loss: float | None, *, best: bool) -> None:
         adapter = None
         weights = self.model.state_dict()
         if self.run.config.lora is not None:

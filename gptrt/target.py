@@ -109,7 +109,7 @@ class Target:
                 _write_state(state_file, self.state)
                 self.begun = True
             with partial.open("ab") as stream:
-                _lock(stream, partial)
+                lock(stream, partial)
                 self._check_unchanged(stream)
                 stream.truncate(self.state.bytes)  # what follows is a batch that is not whole
                 yield stream
@@ -168,7 +168,7 @@ def _remove(partial: Path) -> None:
     """What is not wanted any more. Raises TargetError if a run is writing it."""
     if partial.exists():
         with partial.open("ab") as stream:
-            _lock(stream, partial)
+            lock(stream, partial)
         partial.unlink()
 
 
@@ -199,8 +199,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(stream: IO[bytes], path: Path) -> None:
-    """Until the file is closed, however that comes about. Raises TargetError."""
+def lock(stream: IO[bytes], path: Path) -> None:
+    """For this process, until the file is closed, however that comes about. Raises TargetError."""
     try:
         import fcntl
     except ImportError:  # Windows

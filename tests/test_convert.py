@@ -23,7 +23,7 @@ from export.nbits import SCALES_SUFFIX
 from export.options import ConvertOptions
 from export.pipeline import convert, verify
 from export.reopen import load_bundle
-from export.runs import Run
+from export.runs import Run, open_run
 from gptrt.decoder import Decoder
 from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
 from gptrt.format import open_bundle, read_manifest
@@ -277,6 +277,7 @@ def test_a_bundle_can_be_fine_tuned(bundle: Path, text_file: Path, tmp_path: Pat
     done = run_cli(gptrt_export, *arguments, *sizes, "--max-steps", 4)
     assert done.exit_code == 0, done.output
     assert load_checkpoint(tmp_path / "run").lineage["base_data"] == "story.txt"
+    assert open_run(tmp_path / "run").config.train.max_steps == 4
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert json.loads(log[0])["step"] == 0  # what it started from was judged first
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,9 @@ def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_p
         (("--column", "review=text"), ("--column", "review")),
         (("--label", "1=good"), ("'0'", "none of 1")),
         (("--lora-alpha", 4), ("--lora-rank",)),
+        (("--lora-rank", 2, "--lora-alpha", 2e6), ("lora.alpha", "correct the option")),
+        (("--epochs", "inf"), ("--epochs",)),
+        (("--task", "lm", "--label", "1=good"), ("--label for a classification", "lm")),
         (("--lora-rank", 2, "--lora-target", "wte"), ("wte", "attn.c_attn")),
         (("--set", "seq_len=2"), ("answers of at most 2",)),
         (("--set", "seq_len=65"), ("seq_len of at most 64",)),
@@ -356,15 +360,19 @@ def test_an_adapted_run_resumes_bit_for_bit_and_leaves_the_base_alone(
         "--lora-target",
         "mlp.c_fc",
     )
-    for name in ("whole", "parts"):
-        out = tmp_path / name
-        result = run_cli(
-            gptrt_export, *task, "--out", out, *LABELS, *QUICK, *lora, "--set", "max_steps=8",
-            *(("--max-time", 0) if name == "parts" else ()),
-        )  # fmt: skip
+    lora += ("--set", "final_lr=1", "--max-time", 1e5)  # rates that no limit decides
+    for name, steps in (("whole", 8), ("parts", 4)):
+        made = ("--out", tmp_path / name, *LABELS, *QUICK, *lora, "--set", f"max_steps={steps}")
+        result = run_cli(gptrt_export, *task, *made)
         assert result.exit_code == 0, result.output
-    result = run_cli(gptrt_export, "finetune", "--resume", "--out", tmp_path / "parts")
+    go_on = ("train", "--resume", "--out", tmp_path / "parts")  # of a task all the same
+    result = run_cli(gptrt_export, *go_on, "--max-steps", 8)
     assert result.exit_code == 0, result.output
+    assert "by its own metric" in result.stderr and "test.jsonl" in result.stderr
+    log = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log if "metric" in line] == [0, 4, 8]
+    configs = [open_run(tmp_path / name).config.train for name in ("whole", "parts")]
+    assert configs[0] == configs[1] and configs[0].max_time == 1e5
     adapters = [open_run(tmp_path / name).adapter() for name in ("whole", "parts")]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     whole, base = (load_checkpoint(p) for p in (open_run(tmp_path / "whole").last_folder, run.path))
@@ -373,6 +381,9 @@ def test_an_adapted_run_resumes_bit_for_bit_and_leaves_the_base_alone(
     assert changed and all(n.endswith(("c_attn.weight", "c_fc.weight")) for n in changed)
     kept = load_checkpoint(tmp_path / "whole" / "base").state
     assert all(torch.equal(kept[name], base.state[name]) for name in kept)
+    (open_run(tmp_path / "parts").last_folder / "adapter" / ADAPTER_FILE).unlink()
+    result = run_cli(gptrt_export, "finetune", "--resume", "--out", tmp_path / "parts")
+    assert_refused(result, ADAPTER_FILE)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -416,6 +427,22 @@ def test_labels_that_nothing_was_learnt_of_are_refused(
         plan_finetuning("classification", run.path, tables)
     with pytest.raises(OptionError, match="classification"):
         plan_finetuning("lm", run.path, Tables([reviews]), class_weights="balanced")
+
+
+def test_a_run_ends_by_epochs_or_steps_whichever_come_first(run: Run, reviews: Path) -> None:
+    plan = partial(
+        plan_finetuning, *("lm", run.path, Tables([reviews], columns={"answer": "text"}))
+    )
+
+    def steps(**limit: str) -> dict[float | None, int]:
+        settings = {"batch_size": "2", "seq_len": "64"} | limit
+        each = ((n, plan(epochs=n, settings=settings)) for n in (None, 1))
+        return {n: made.train.max_steps for n, made in each}
+
+    alone = steps()
+    assert alone[None] == pytest.approx(4 * alone[1], abs=2) and alone[1] > 9
+    assert steps(max_steps="9") == {None: 9, 1: 9}
+    assert steps(max_steps="999") == {None: 999, 1: alone[1]}
 
 
 def test_a_model_without_an_end_of_text_is_refused(run: Run, reviews: Path, tmp_path: Path) -> None:

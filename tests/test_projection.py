@@ -135,6 +135,11 @@ def test_training_for_rounding_projects_as_it_is_told() -> None:
         assert recipe.projects(wide) is projects
     with pytest.raises(OptionError, match="found --block-size, --head-bits or --projection"):
         recipe_to_train(None, None, None, projection=False)
+    for given in ((0, None), (None, 0)):  # none of them is the same as left out
+        with pytest.raises(OptionError, match="found --block-size"):
+            recipe_to_train(None, *given)
+        with pytest.raises(OptionError, match="found 0"):
+            recipe_to_train("int4", *given)
 
 
 def test_only_a_large_vocabulary_of_few_bits_is_projected(run: Run) -> None:
@@ -189,7 +194,7 @@ def test_training_for_rounding_keeps_the_basis_and_other_software_sees_a_plain_m
 def test_training_for_rounding_goes_on_where_it_stopped(trained_for_rounding: Run) -> None:
     done = [line for line in losses(trained_for_rounding) if "objective" in line]
     assert len(done) == 8
-    longer = open_run(trained_for_rounding.path).with_limits(10, None)
+    longer = open_run(trained_for_rounding.path).continued(max_steps=10)
     before, *_ = trained_for_rounding.last()
     train(longer, QUIET)
     after, _, state = longer.last()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,12 +51,15 @@ def test_a_run_interrupted_and_resumed_gives_the_same_losses_bit_for_bit(
     train(whole, QUIET)
 
     broken = create_run(tmp_path / "broken", plan)
-    countdown = iter([False] * 6 + [True])
-    assert train(broken, QUIET, lambda: next(countdown)).reason == "interrupted"
+    for steps, best, last in ((3, 3, 3), (4, 6, 7)):  # evaluated every 6: what has learnt is best
+        countdown = iter([False] * (steps - 1) + [True])
+        ended = train(open_run(broken.path), QUIET, partial(next, countdown))
+        assert (ended.reason, ended.steps) == ("interrupted", last)
+        pointer = {"best": f"step-{best:08}", "last": f"step-{last:08}"}
+        assert run_pointer(broken.path) == pointer
     train(open_run(broken.path), QUIET)
 
-    found = [line for line in losses(broken) if "loss" in line]
-    assert found == [line for line in losses(whole) if "loss" in line]
+    assert losses(broken) == losses(whole)  # nothing is evaluated out of turn
     for a, b in zip(whole.last()[0].state.values(), broken.last()[0].state.values(), strict=True):
         assert torch.equal(a, b)
     assert whole.last()[2].best_loss == broken.last()[2].best_loss
@@ -94,7 +98,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
     text_file: Path, tmp_path: Path
 ) -> None:
     run = create_run(tmp_path / "run", make_plan(text_file, eval_every=3))
-    train(run.with_limits(3, None), QUIET)
+    train(run.continued(max_steps=3), QUIET)
     before = run_pointer(run.path)
     ids = np.fromfile(run.train_ids, "<u4")
     checkpoint, moments, state = run.last()
@@ -109,6 +113,41 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
         train(Poisoned(run.path, run.config), QUIET)
     assert run_pointer(run.path) == before
     assert all(t.isfinite().all() for t in load_checkpoint(run.path).state.values())
+
+
+def test_a_loss_whose_perplexity_no_float_holds_is_told(text_file: Path, tmp_path: Path) -> None:
+    plan = make_plan(text_file, max_steps=1, warmup_steps=0)
+    wild = replace(plan.train.optimizer, lr=10.0)
+    run = create_run(tmp_path / "run", replace(plan, train=replace(plan.train, optimizer=wild)))
+    loss = train(run, QUIET).best_loss
+    assert loss is not None and 710 < loss < math.inf
+    assert load_checkpoint(run.path).lineage["validation_perplexity"] == "inf"
+
+
+def test_a_disk_without_room_is_told_and_keeps_the_last_checkpoint(
+    run: Run, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    out = Path(shutil.copytree(run.path, tmp_path / "run"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # bytes of any file
+        ended = run_cli(gptrt_export, "train", "--resume", "--out", out, "--max-steps", 61)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.exit_code == 2
+    assert "model.safetensors" in ended.stderr and "has room" in ended.stderr.splitlines()[-1]
+    assert run_pointer(out) == run_pointer(run.path)
+    assert not list(out.glob(".step-*"))
+
+
+def test_moments_that_are_damaged_or_gone_are_refused(run: Run, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(run.path, tmp_path / "run"))
+    moments = open_run(out).last_folder / "optimizer.safetensors"
+    for damage in (lambda: moments.write_bytes(moments.read_bytes()[:999]), moments.unlink):
+        damage()
+        ended = run_cli(gptrt_export, "train", "--resume", "--out", out, "--max-steps", 61)
+        assert_refused(ended, "optimizer.safetensors")
 
 
 def test_a_compiled_model_learns_the_same(
@@ -143,6 +182,9 @@ def test_what_cannot_be_compiled_is_refused(
     rounding = run_cli(gptrt_export, *asked, "--from", run.path, "--quantize", "int4")
     assert_refused(rounding, "compile=true", "--quantize")
     assert not out.exists()
+    create_run(out, make_plan(text_file, compile=True))
+    elsewhere = run_cli(gptrt_export, "train", "--resume", "--out", out)
+    assert_refused(elsewhere, "compiler", "compile=true")
 
 
 def test_a_run_is_judged_by_all_of_its_held_out_texts(
@@ -182,19 +224,64 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_that_resumes(
         checkpoint, _, state = open_run(out).last()
         assert state.step > steps
         assert all(tensor.isfinite().all() for tensor in checkpoint.state.values())
-    result = train(open_run(out).with_limits(state.step + 2, None), QUIET)
+    result = train(open_run(out).continued(max_steps=state.step + 2), QUIET)
     assert result.steps == state.step + 2
 
 
-def test_resuming_with_the_whole_command_keeps_the_runs_own_settings_and_says_so(
+def test_a_resumed_run_keeps_its_settings_and_takes_other_limits_for_good(
     text_file: Path, tmp_path: Path
 ) -> None:
     run = create_run(tmp_path / "run", make_plan(text_file))
-    arguments = ("train", "--preset", "nano-char", "--data", text_file, "--out", run.path)
-    done = run_cli(gptrt_export, *arguments, "--resume", "--max-steps", 2)
+    go_on = ("train", "--out", run.path, "--resume")
+    done = run_cli(gptrt_export, *go_on, "--max-steps", 0)
+    assert "0 steps" in done.stderr and "nothing validated" in done.stderr
+    repeated = ("--preset", "nano-char", "--data", text_file)
+    done = run_cli(gptrt_export, *go_on, *repeated, "--max-steps", 2)
     assert done.exit_code == 0, done.output
-    assert "those that it was started with" in done.stderr
+    assert "--preset, --data are those that it was started with" in done.stderr
     assert open_run(run.path).last()[0].config == run.config.model
+    assert run_cli(gptrt_export, *go_on, "--max-time", 1e5).exit_code == 0
+    kept = open_run(run.path).config
+    assert kept == replace(run.config, train=replace(run.config.train, max_steps=2, max_time=1e5))
+    recipe = ("--block-size", 64, "--head-bits", 2, "--no-projection")
+    for words, *options in (
+        ("--block-size, --head-bits, --projection", *recipe),
+        ("--set", "--set", "dropout=0"),
+        ("--tokenizer", "--tokenizer", tmp_path),
+    ):
+        assert_refused(run_cli(gptrt_export, *go_on, *options), f"found {words};")
+    tuning = ("finetune", "--out", run.path, "--resume", "--class-weights", "none", "--epochs", 2)
+    assert_refused(run_cli(gptrt_export, *tuning), "--class-weights, --epochs")
+    assert_refused(run_cli(gptrt_export, *go_on, "--max-time", "nan"), "max_time", "correct")
+    assert open_run(run.path).config == kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a card is asked for")
+def test_a_run_that_was_begun_on_a_card_goes_on_without_one(
+    text_file: Path, tmp_path: Path
+) -> None:
+    run = create_run(tmp_path / "run", replace(make_plan(text_file, max_steps=1), device="cuda"))
+    go_on = ("train", "--out", run.path, "--resume")
+    for options in ((), ("--device", "cuda")):
+        assert_refused(run_cli(gptrt_export, *go_on, *options), "CUDA", "--device cpu")
+    for options in (("--device", "cpu"), ()):
+        done = run_cli(gptrt_export, *go_on, *options)
+        assert done.exit_code == 0, done.output
+    assert open_run(run.path).last()[2].step == 1
+
+
+def test_a_run_is_trained_by_one_process_and_rid_of_what_a_killed_one_left(
+    text_file: Path, tmp_path: Path
+) -> None:
+    run = create_run(tmp_path / "run", make_plan(text_file, max_steps=1))
+    half = run.path / ".step-00000009.1234abcd.partial"
+    half.mkdir()
+    with run.alone():
+        busy = run_cli(gptrt_export, "train", "--resume", "--out", run.path)
+    assert_refused(busy, f"{run.path} for this run alone")
+    assert half.exists() and not run.log.exists()
+    train(run, QUIET)
+    assert not half.exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path) -> None:
@@ -334,6 +421,7 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         ((*base, *nano, "--data", text_file, "--set", "seq_len=128"), "at most 64"),
         ((*base, "--from", run.path, "--data", text_file, "--set", "seq_len=65"), "at most 64"),
         ((*base, *nano, "--data", text_file, "--set", "prompt_share=0.5"), "prompt_share"),
+        ((*base, *nano, "--data", text_file, "--set", "optimizer.beta1=1"), "beta1"),
         ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
         ((*base, *nano, "--data", text_file, "--tokenizer", tmp_path), "tokenizer.json"),
         (("train", "--out", taken, *nano, "--data", text_file), "there already"),
