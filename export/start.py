@@ -54,7 +54,7 @@ def plan_run(
     start = load_checkpoint_or_bundle(checkpoint) if checkpoint else None
     model = start.config if start else chosen.model if chosen else None
     assert model is not None
-    train = chosen.train if chosen else fine_tuning(model)
+    train = chosen.train if chosen and not start else fine_tuning(model)
     train = train if recipe is None else for_rounding(train)
     train = with_settings(train, settings)
     check_context(train, model)
