@@ -301,7 +301,7 @@ def save_checkpoint(
     family = family_for(plain.config)
     config = family.to_json(plain.config) | {"dtype": "float32"}
     tensors = family.to_tensors(plain.config, plain.state)
-    with written_whole(folder) as temporary:
+    with written_whole(folder, force=True) as temporary:
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / CONFIG_FILE, config | checkpoint.special.json())
         write_json(temporary / LINEAGE_FILE, checkpoint.lineage)
@@ -336,32 +336,35 @@ def _write_json_to(value: Any, path: Path) -> None:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well.
+
+    A folder that has come to stand there meanwhile is replaced only with `force`, one that is empty
+    in any case; of a link, what it points to. Raises TargetError.
 
     Everything in it is flushed to disk before the rename; on an error it is removed. What a
     killed process leaves behind has a name that starts with a dot and is never read.
     """
+    target = Path(os.path.realpath(target))
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         temporary.mkdir(parents=True)
     except OSError as e:
-        raise TargetError(
-            f"to write {target}", found=e.strerror or str(e), do="choose another place"
-        ) from e
+        raise _not_written(target, e) from e
     try:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
-        if target.exists():  # only where the caller has agreed to replace it
-            old = temporary.with_suffix(".old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
+        old = temporary.with_suffix(".old")
+        try:
+            if force and target.is_dir():
+                target.rename(old)
+            temporary.rename(target)  # fails, in one step, where there is more than an empty folder
+        except OSError as e:
+            raise _not_written(target, e) from e
+        shutil.rmtree(old, ignore_errors=True)
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -369,6 +372,12 @@ def written_whole(target: Path) -> Iterator[Path]:
             for folder in missing:  # made for nothing; one that is not empty stays
                 with suppress(OSError):
                     folder.rmdir()
+
+
+def _not_written(target: Path, error: OSError) -> TargetError:
+    return TargetError(
+        f"to write {target}", found=error.strerror or str(error), do="choose another place"
+    )
 
 
 def replace_json(path: Path, value: Any) -> None:

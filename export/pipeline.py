@@ -69,13 +69,14 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silen
     """
     refuse_taken(out, force=options.force)
     options.check()
-    with written_whole(out) as folder:
+    with written_whole(out, force=options.force) as folder:
         draft = (_fill if options.via is None else _fill_via)(source, folder, options, step)
         manifest = _manifest(out.name, draft, options, folder)
         write_json(folder / MANIFEST_FILE, asdict(manifest))
         step("verifying against PyTorch")
         manifest = _promise(manifest, open_bundle(folder), draft, options)
         write_json(folder / MANIFEST_FILE, asdict(manifest))
+        refuse_taken(out, force=options.force)  # it may have taken hours
     return manifest
 
 

@@ -24,7 +24,7 @@ from export.pipeline import convert, verify
 from export.reopen import load_bundle
 from export.runs import Run
 from gptrt.decoder import Decoder
-from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
+from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError, TargetError
 from gptrt.format import open_bundle, read_manifest
 from gptrt.tokenizer import Tokenizer
 
@@ -301,13 +301,30 @@ def test_an_existing_bundle_is_kept_unless_force_says_otherwise(
     arguments = ("convert", run.path, "--out", copied, "--allow-loss")
     assert_refused(run_cli(gptrt_export, *arguments), "--force")
     assert (copied / "gptrt.json").read_bytes() == before
-    assert run_cli(gptrt_export, *arguments, "--force").exit_code == 0
+    link = tmp_path / "current"
+    link.symlink_to(copied)
+    result = run_cli(gptrt_export, *arguments[:3], link, "--allow-loss", "--force")
+    assert result.exit_code == 0, result.output
     assert open_bundle(copied).manifest.quantization.mode == "int4"
+    assert link.is_symlink() and set(tmp_path.iterdir()) == {link, copied}
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "file").write_text("mine")
     assert_refused(run_cli(gptrt_export, *arguments[:3], mine, "--force"), "another --out")
     assert (mine / "file").read_text() == "mine"
+
+
+def test_what_comes_to_stand_in_the_way_of_a_bundle_is_kept(run: Run, tmp_path: Path) -> None:
+    mine = tmp_path / "bundle" / "thesis.txt"
+
+    def step(_line: str) -> None:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+
+    with pytest.raises(TargetError, match="bundle"):
+        convert(run.path, mine.parent, ConvertOptions("int8", force=True), step)
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine.parent]
 
 
 def test_wrong_input_to_convert_is_refused_before_any_work(

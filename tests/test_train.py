@@ -24,7 +24,7 @@ from export.progress import ProgressBar
 from export.runs import Run, create_run, open_run
 from export.tokenization import TokenizerConfig, train_tokenizer
 from export.train import train
-from gptrt.errors import DataError, TrainingError
+from gptrt.errors import DataError, TargetError, TrainingError
 
 from .conftest import assert_refused, make_plan, run_cli, story
 
@@ -298,6 +298,19 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         assert not out.exists(), arguments
         assert not list(tmp_path.glob(".*")), arguments
     assert (taken / "mine.txt").read_text() == "mine"
+
+
+def test_what_comes_to_stand_in_the_way_of_a_run_is_kept(text_file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "run" / "thesis.txt"
+
+    def progress(_share: float, _note: str) -> None:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+
+    with pytest.raises(TargetError, match="run"):
+        create_run(mine.parent, make_plan(text_file), progress)
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine.parent]
 
 
 def test_text_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
