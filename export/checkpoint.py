@@ -25,14 +25,15 @@ from torch import Tensor
 
 from gptrt.architecture import ModelConfig
 from gptrt.chat import ChatTemplate
-from gptrt.errors import CheckpointError, TargetError
+from gptrt.errors import CheckpointError, TargetError, first_line
 from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
 from gptrt.schema import decode, read_json
 from gptrt.task import Task
 
 from .families import family_for, family_named
+from .families.family import with_tied_head
 from .gguf_file import GgufFile, gguf_file
-from .gguf_vocabulary import read_chat_template, read_vocabulary
+from .gguf_vocabulary import read_chat_template, read_vocabulary, special_ids_of
 from .model import GPT, head_parameter
 from .parts import parameter_of
 from .pickled import pickled_file, read_pickled
@@ -143,29 +144,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(raw, dict):
         raise CheckpointError(f"an object in {CONFIG_FILE}", found=type(raw).__name__, do="fix it")
     family = family_named(str(raw.get("model_type")))
-    try:
+    with _of_the_right_kinds(folder / CONFIG_FILE):
         config = family.from_json(raw)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as e:  # before it is decoded
-        raise CheckpointError(
-            f"numbers and lists where {folder / CONFIG_FILE} has them",
-            found=str(e),
-            do="correct it",
-        ) from e
-    state = family.from_tensors(config, dict(_read_tensors(folder)))
-    state = {name: tensor.float().contiguous() for name, tensor in state.items()}
-    lineage, vocabulary = folder / LINEAGE_FILE, folder / TOKENIZER_FILE
+        tensors = family.from_tensors(config, dict(_read_tensors(folder)))
+    vocabulary = folder / TOKENIZER_FILE
     tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
-    _check_parts(config, state, tokenizer, folder)
     found = Checkpoint(
         config,
-        state,
+        _checked_parts(config, tensors, tokenizer, folder),
         tokenizer,
-        read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
+        _read_lineage(folder) or {"source": path.name},
         special=_special_ids(folder, config, tokenizer),
         chat_template=ChatTemplate.read(folder),
         task=_read_task(folder),
     )
     return _with_rounding(found, folder)
+
+
+@contextmanager
+def _of_the_right_kinds(source: Path) -> Iterator[None]:
+    """Raises CheckpointError where a block stumbles over values that nothing has decoded yet, or
+    over tensors of other shapes."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError) as e:
+        raise CheckpointError(
+            f"numbers, lists and tensors as they belong to {source}",
+            found=first_line(e),
+            do="restore all files from the same model",
+        ) from e
 
 
 def _weights_are_safe(folder: Path) -> bool:
@@ -174,25 +181,23 @@ def _weights_are_safe(folder: Path) -> bool:
 
 def _load_gguf(file: Path) -> Checkpoint:
     found = GgufFile.open(file)
-    config, tensors = found.model()
-    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    tokenizer, special = read_vocabulary(found.values, str(file))
-    if (own := file.parent / TOKENIZER_FILE).exists():
-        tokenizer = load_tokenizer(own)
-    _check_parts(config, state, tokenizer, file)
-    template = read_chat_template(found.values)
+    own = file.parent / TOKENIZER_FILE
+    with _of_the_right_kinds(file):
+        config, tensors = found.model()
+        tokenizer = load_tokenizer(own) if own.exists() else read_vocabulary(found.values, file)
+        special, template = special_ids_of(found.values), read_chat_template(found.values)
+    state = _checked_parts(config, tensors, tokenizer, file)
     lineage = {"source": file.name}
     return Checkpoint(config, state, tokenizer, lineage, None, special, template)
 
 
 def _load_pickled(file: Path) -> Checkpoint:
-    config, tensors = read_pickled(file)
-    state = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    if config.tied:
-        state["lm_head.weight"] = state["wte.weight"]
+    with _of_the_right_kinds(file):
+        config, tensors = read_pickled(file)
+        tensors = with_tied_head(config, tensors)
     vocabulary = file.parent / TOKENIZER_FILE
     tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
-    _check_parts(config, state, tokenizer, file)
+    state = _checked_parts(config, tensors, tokenizer, file)
     special = special_ids(tokenizer) if tokenizer else SpecialIds()
     return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
 
@@ -232,6 +237,18 @@ def _basis_of(checkpoint: Checkpoint) -> set[str]:
     return PROJECTIONS & checkpoint.state.keys() | {head_parameter(checkpoint.config)}
 
 
+def _read_lineage(folder: Path) -> dict[str, str]:
+    file = folder / LINEAGE_FILE
+    if not file.is_file():
+        return {}
+    return decode(
+        dict[str, str],
+        read_json(file, error=CheckpointError),
+        error=CheckpointError,
+        source=f"{file}",
+    )
+
+
 def _read_task(folder: Path) -> Task | None:
     file = folder / TASK_FILE
     if not file.is_file():
@@ -260,7 +277,13 @@ def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).is_file():
         index = read_json(folder / INDEX_FILE, error=CheckpointError)
-        files = [folder / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+        names = decode(
+            dict[str, str],
+            index.get("weight_map") if isinstance(index, dict) else index,
+            error=CheckpointError,
+            source=f"weight_map in {folder / INDEX_FILE}",
+        )
+        files = [folder / Path(name).name for name in sorted(set(names.values()))]
     else:
         files = [folder / WEIGHTS_FILE]
     if missing := [file.name for file in files if not file.is_file()]:
@@ -270,19 +293,36 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_parts(
-    config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer | None, folder: Path
-) -> None:
-    """Every fault at once: what is missing, what is left over, what has another shape, and tokens
-    that no row of the matrix is for."""
+def _checked_parts(
+    config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer | None, folder: Path
+) -> dict[str, Tensor]:
+    """The parameters in fp32. Every fault at once: what is missing, what is left over, what has
+    another shape or holds no numbers, and tokens that no row of the matrix is for."""
+    state = {
+        name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     faults = [f"{name} is missing" for name in wanted.keys() - state.keys()]
-    faults += [f"{name} is unknown" for name in state.keys() - wanted.keys()]
+    faults += [
+        f"{name} is unknown, its shape {list(state[name].shape)}"
+        for name in state.keys() - wanted.keys()
+    ]
     faults += [
         f"{name} has shape {list(state[name].shape)}, wanted {list(wanted[name])}"
         for name in wanted.keys() & state.keys()
         if state[name].shape != wanted[name]
+    ]
+    faults += [
+        f"{name} holds {tensor.dtype}, wanted floats"
+        for name, tensor in state.items()
+        if not tensor.is_floating_point()
+    ]
+    faults += [
+        f"{name} holds values that are infinite or no numbers"
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ]
     faults += ids_without_rows(tokenizer, config.vocab_size)
     if faults:
@@ -291,6 +331,7 @@ def _check_parts(
             found="; ".join(sorted(faults)),
             do="restore all files from the same model",
         )
+    return state
 
 
 def save_checkpoint(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -231,14 +232,24 @@ def test_a_bundle_above_the_limit_fails_and_leaves_nothing(run: Run, tmp_path: P
     assert open_bundle(out).manifest.quantization.mode == "int4"
 
 
+@pytest.mark.parametrize(
+    ("value", "mode", "error"),
+    [(3e38, "none", FidelityError), (3e38, "int4", FidelityError)]
+    + [(value, "int4", CheckpointError) for value in (float("nan"), float("-inf"))],
+)
 def test_a_model_that_computes_no_numbers_fails(
-    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+    value: float,
+    mode: Literal["none", "int4"],
+    error: type[Exception],
+    save_model: Callable[[GPT], Path],
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     model = scrambled(GPT2_SHAPE)
     with torch.no_grad():
-        model.ln_f.weight[0] = float("nan")
-    with pytest.raises(FidelityError):
-        convert(save_model(model), tmp_path / "b", ConvertOptions("none", verify_text=text_file))
+        model.ln_f.weight[0] = value
+    with pytest.raises(error, match=r"ln_f\.weight holds|numbers|ratio"):
+        convert(save_model(model), tmp_path / "b", ConvertOptions(mode, verify_text=text_file))
     assert not (tmp_path / "b").exists()
 
 
