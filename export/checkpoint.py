@@ -34,6 +34,7 @@ from .families import family_for, family_named
 from .families.family import with_tied_head
 from .gguf_file import GgufFile, gguf_file
 from .gguf_vocabulary import read_chat_template, read_vocabulary, special_ids_of
+from .hub import name_of
 from .model import GPT, head_parameter
 from .parts import parameter_of
 from .pickled import pickled_file, read_pickled
@@ -153,7 +154,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config,
         _checked_parts(config, tensors, tokenizer, folder),
         tokenizer,
-        _read_lineage(folder) or {"source": path.name},
+        _read_lineage(folder) or {"source": name_of(path)},
         special=_special_ids(folder, config, tokenizer),
         chat_template=ChatTemplate.read(folder),
         task=_read_task(folder),

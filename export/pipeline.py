@@ -32,6 +32,7 @@ from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
 from .companions import write_companions
 from .graph import build_graph
 from .heads import with_padded_heads
+from .hub import name_of
 from .kv_cache import calibrate_cache, quantize_cache
 from .model import GPT
 from .nbits import save_graph, store_matrices
@@ -140,7 +141,7 @@ def _fill_via(source: Path, folder: Path, options: ConvertOptions, step: Step) -
     store_matrices(graph, matrices)
     save_graph(graph, folder)
     via.write_companions(source, folder, model.vocab_size)
-    lineage = {"source": source.name, "graph": model.made_with}
+    lineage = {"source": name_of(source), "graph": model.made_with}
     return _Draft(model, cache, quantization, lineage, texts, via.reference_of(source))
 
 
