@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from export.checkpoint import load_checkpoint
+from export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from export.cli import main as gptrt_export
 from export.model import GPT
 from export.nbits import SCALES_SUFFIX
@@ -24,12 +25,14 @@ from export.options import ConvertOptions
 from export.pipeline import convert, verify
 from export.reopen import load_bundle
 from export.runs import Run
+from export.texts import TextFiles, choose_texts
+from export.tokenization import TokenizerConfig, train_tokenizer
 from gptrt.decoder import Decoder
 from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError, TargetError
 from gptrt.format import open_bundle, read_manifest
 from gptrt.tokenizer import Tokenizer
 
-from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -358,6 +361,30 @@ def test_wrong_input_to_convert_is_refused_before_any_work(
         with pytest.raises(error):
             convert(path, out, ConvertOptions(**options))
         assert {path.name for path in tmp_path.iterdir()} == {"short.txt"}
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TokenizerConfig("char"), [story()])
+    config = replace(GPT2_SHAPE, vocab_size=tokenizer.get_vocab_size())
+    checkpoint = Checkpoint(config, scrambled(config).state_dict(), tokenizer, {})
+    save_checkpoint(checkpoint, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(story(50) + "Ünseen", encoding="utf-8")
+    arguments = ("convert", tmp_path / "model", "--out", tmp_path / "b", "--verify-text", text)
+    assert_refused(run_cli(gptrt_export, *arguments), "text that the tokenizer knows", "text.txt")
+
+
+def test_a_text_read_in_pieces_begins_once(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [story()])
+    plain = tokenizer.encode(text_file.read_text()).ids
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|>:0 $A:0", pair=None, special_tokens=[("<|endoftext|>", 0)]
+    )
+    monkeypatch.setattr("export.data._PIECE", 97)
+    texts = choose_texts(tmp_path, tokenizer, TextFiles(text_file, verify_tokens=len(plain)))
+    assert texts.verify.tolist() == [0, *plain]
 
 
 def test_output_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
