@@ -32,12 +32,13 @@ from gptrt.task import Task
 
 from .families import family_for, family_named
 from .families.family import with_tied_head
+from .families.gpt2 import GPT2
 from .gguf_file import GgufFile, gguf_file
 from .gguf_vocabulary import read_chat_template, read_vocabulary, special_ids_of
 from .hub import name_of
 from .model import GPT, head_parameter
 from .parts import parameter_of
-from .pickled import pickled_file, read_pickled
+from .pickled import load_pickled, pickled_file, read_pickled
 from .projection import PROJECTIONS, project, unproject
 from .tokenization import (
     SpecialIds,
@@ -46,11 +47,13 @@ from .tokenization import (
     read_special_ids,
     save_tokenizer,
     special_ids,
+    tokenizer_in,
 )
 from .trained_rounding import TrainedRounding
 
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"  # after either, where the weights are in shards
 LINEAGE_FILE = "lineage.json"
 TASK_FILE = "task.json"
 ROUNDING_FILE, FORMATS_FILE = "quantization.safetensors", "quantization.json"
@@ -129,8 +132,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Weights are widened to fp32, the precision in which everything here is computed.
     """
+    if path.is_file() and (path.suffix == ".safetensors" or path.name == PICKLED_WEIGHTS_FILE):
+        raise CheckpointError(
+            "a folder with weights, configuration and tokenizer",
+            found=f"the weights alone, {path}",
+            do=f"give {path.parent}",
+        )
     folder = resolve_checkpoint(path)
-    if not _weights_are_safe(folder):
+    if not _has(folder, WEIGHTS_FILE):
         if file := gguf_file(folder):
             return _load_gguf(file)
         if file := pickled_file(folder):
@@ -148,8 +157,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     with _of_the_right_kinds(folder / CONFIG_FILE):
         config = family.from_json(raw)
         tensors = family.from_tensors(config, dict(_read_tensors(folder)))
-    vocabulary = folder / TOKENIZER_FILE
-    tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
+    tokenizer = tokenizer_in(folder, gpt2=family is GPT2)
     found = Checkpoint(
         config,
         _checked_parts(config, tensors, tokenizer, folder),
@@ -176,8 +184,8 @@ def _of_the_right_kinds(source: Path) -> Iterator[None]:
         ) from e
 
 
-def _weights_are_safe(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+def _has(folder: Path, weights: str) -> bool:
+    return any((folder / name).is_file() for name in (weights, weights + INDEX_SUFFIX))
 
 
 def _load_gguf(file: Path) -> Checkpoint:
@@ -196,8 +204,7 @@ def _load_pickled(file: Path) -> Checkpoint:
     with _of_the_right_kinds(file):
         config, tensors = read_pickled(file)
         tensors = with_tied_head(config, tensors)
-    vocabulary = file.parent / TOKENIZER_FILE
-    tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
+    tokenizer = tokenizer_in(file.parent, gpt2=True)
     state = _checked_parts(config, tensors, tokenizer, file)
     special = special_ids(tokenizer) if tokenizer else SpecialIds()
     return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
@@ -265,6 +272,9 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix != ".safetensors":
+        yield from ((k, v) for k, v in load_pickled(file).items() if isinstance(v, Tensor))
+        return
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
@@ -276,17 +286,21 @@ def _read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX_FILE).is_file():
-        index = read_json(folder / INDEX_FILE, error=CheckpointError)
+    """Those that no code can be in, if they are there."""
+    pickled = _has(folder, PICKLED_WEIGHTS_FILE) and not _has(folder, WEIGHTS_FILE)
+    weights = folder / (PICKLED_WEIGHTS_FILE if pickled else WEIGHTS_FILE)
+    index_file = weights.with_name(weights.name + INDEX_SUFFIX)
+    if index_file.is_file():
+        index = read_json(index_file, error=CheckpointError)
         names = decode(
             dict[str, str],
             index.get("weight_map") if isinstance(index, dict) else index,
             error=CheckpointError,
-            source=f"weight_map in {folder / INDEX_FILE}",
+            source=f"weight_map in {index_file}",
         )
         files = [folder / Path(name).name for name in sorted(set(names.values()))]
     else:
-        files = [folder / WEIGHTS_FILE]
+        files = [weights]
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(
             f"the weights in {folder}", found=f"no {', '.join(missing)}", do="copy all files again"

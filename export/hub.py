@@ -10,7 +10,7 @@ from gptrt.errors import CheckpointError, DependencyError, first_line
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _FILES = (  # no other weights: some repositories have them once more for other software
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("chat_template.jinja", "model.safetensors.index.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "model.safetensors.index.json"),
     *("model.safetensors", "model-*.safetensors"),
 )
 _SNAPSHOTS, _MODELS = "snapshots", "models--"  # of the hub's cache: models--NAME/snapshots/REVISION

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.families.opt import OPT
 from export.model import GPT
 
-from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
 
 Spoil = Callable[[Path], object]
 _Q = "model.layers.0.self_attn.q_proj.weight"
@@ -75,3 +76,49 @@ def test_a_folder_that_is_not_whole_is_refused(
     spoil(folder)
     result = run_cli(gptrt_export, "convert", folder, "--out", tmp_path / "bundle")
     assert_refused(result, *words)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_that_pytorch_pickled_are_the_model(
+    shards: int, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved["llama"], tmp_path / "model"))
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        place = {name: f"pytorch_model-{n % shards}.bin" for n, name in enumerate(state)}
+        for file in set(place.values()):
+            torch.save({n: t for n, t in state.items() if place[n] == file}, folder / file)
+        content("pytorch_model.bin.index.json", {"weight_map": place})(folder)
+    found, wanted = load_checkpoint(folder), load_checkpoint(saved["llama"])
+    assert found.config == wanted.config
+    assert all(torch.equal(found.state[name], wanted.state[name]) for name in wanted.state)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_gpt2s_own_files_are_the_tokenizer_of_a_gpt2_and_of_nothing_else(
+    family: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved[family], tmp_path / "model"))
+    known = load_checkpoint(folder).tokenizer
+    assert known is not None
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    model = json.loads(known.to_str())["model"]
+    vocabulary.write_text(json.dumps(model["vocab"]))
+    merges.write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+    (folder / "tokenizer.json").unlink()
+    found = load_checkpoint(folder).tokenizer
+    if family == "gpt2":
+        assert found is not None
+        assert found.encode(story(9)).ids == known.encode(story(9)).ids
+    else:
+        assert found is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_of_a_file_of_weights_the_folder_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    result = run_cli(gptrt_export, "convert", tmp_path / name, "--out", tmp_path / "b")
+    assert_refused(result, f"give {tmp_path}")

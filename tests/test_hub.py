@@ -55,6 +55,7 @@ def test_what_is_fetched_is_the_model_once_and_its_chat_template(
 ) -> None:
     parts = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
     used = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} | parts
+    used |= {"vocab.json", "merges.txt"}
     others = {"consolidated.safetensors", "original/x.safetensors", "pytorch_model.bin", "a.gguf"}
 
     def download(repository: str, *, allow_patterns: list[str], **_rest: object) -> str:
