@@ -31,11 +31,14 @@ from gptrt.schema import decode, read_json
 from gptrt.task import Task
 
 from .families import family_for, family_named
+from .families.family import with_tied_head
+from .families.gpt2 import GPT2
 from .gguf_file import GgufFile, gguf_file
-from .gguf_vocabulary import read_chat_template, read_vocabulary
+from .gguf_vocabulary import read_chat_template, read_vocabulary, special_ids_of
+from .hub import name_of
 from .model import GPT, head_parameter
 from .parts import parameter_of
-from .pickled import pickled_file, read_pickled
+from .pickled import load_pickled, pickled_file, read_pickled
 from .projection import PROJECTIONS, project, unproject
 from .tokenization import (
     SpecialIds,
@@ -44,11 +47,13 @@ from .tokenization import (
     read_special_ids,
     save_tokenizer,
     special_ids,
+    tokenizer_in,
 )
 from .trained_rounding import TrainedRounding
 
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"  # after either, where the weights are in shards
 LINEAGE_FILE = "lineage.json"
 TASK_FILE = "task.json"
 ROUNDING_FILE, FORMATS_FILE = "quantization.safetensors", "quantization.json"
@@ -127,8 +132,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Weights are widened to fp32, the precision in which everything here is computed.
     """
+    if path.is_file() and (path.suffix == ".safetensors" or path.name == PICKLED_WEIGHTS_FILE):
+        raise CheckpointError(
+            "a folder with weights, configuration and tokenizer",
+            found=f"the weights alone, {path}",
+            do=f"give {path.parent}",
+        )
     folder = resolve_checkpoint(path)
-    if not _weights_are_safe(folder):
+    if not _has(folder, WEIGHTS_FILE):
         if file := gguf_file(folder):
             return _load_gguf(file)
         if file := pickled_file(folder):
@@ -143,24 +154,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(raw, dict):
         raise CheckpointError(f"an object in {CONFIG_FILE}", found=type(raw).__name__, do="fix it")
     family = family_named(str(raw.get("model_type")))
-    try:
+    with _of_the_right_kinds(folder / CONFIG_FILE):
         config = family.from_json(raw)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as e:  # before it is decoded
-        raise CheckpointError(
-            f"numbers and lists where {folder / CONFIG_FILE} has them",
-            found=str(e),
-            do="correct it",
-        ) from e
-    state = family.from_tensors(config, dict(_read_weights(folder)))
-    state = {name: tensor.float().contiguous() for name, tensor in state.items()}
-    lineage, vocabulary = folder / LINEAGE_FILE, folder / TOKENIZER_FILE
-    tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
-    _check_parts(config, state, tokenizer, folder)
+        tensors = family.from_tensors(config, dict(_read_weights(folder)))
+    tokenizer = tokenizer_in(folder, gpt2=family is GPT2)
     found = Checkpoint(
         config,
-        state,
+        _checked_parts(config, tensors, tokenizer, folder),
         tokenizer,
-        read_json(lineage, error=CheckpointError) if lineage.is_file() else {"source": path.name},
+        _read_lineage(folder) or {"source": name_of(path)},
         special=_special_ids(folder, config, tokenizer),
         chat_template=ChatTemplate.read(folder),
         task=_read_task(folder),
@@ -168,31 +170,42 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return _with_rounding(found, folder)
 
 
-def _weights_are_safe(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+@contextmanager
+def _of_the_right_kinds(source: Path) -> Iterator[None]:
+    """Raises CheckpointError where a block stumbles over values that nothing has decoded yet, or
+    over tensors of other shapes."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError) as e:
+        raise CheckpointError(
+            f"numbers, lists and tensors as they belong to {source}",
+            found=first_line(e),
+            do="restore all files from the same model",
+        ) from e
+
+
+def _has(folder: Path, weights: str) -> bool:
+    return any((folder / name).is_file() for name in (weights, weights + INDEX_SUFFIX))
 
 
 def _load_gguf(file: Path) -> Checkpoint:
     found = GgufFile.open(file)
-    config, tensors = found.model()
-    state = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    tokenizer, special = read_vocabulary(found.values, str(file))
-    if (own := file.parent / TOKENIZER_FILE).exists():
-        tokenizer = load_tokenizer(own)
-    _check_parts(config, state, tokenizer, file)
-    template = read_chat_template(found.values)
+    own = file.parent / TOKENIZER_FILE
+    with _of_the_right_kinds(file):
+        config, tensors = found.model()
+        tokenizer = load_tokenizer(own) if own.exists() else read_vocabulary(found.values, file)
+        special, template = special_ids_of(found.values), read_chat_template(found.values)
+    state = _checked_parts(config, tensors, tokenizer, file)
     lineage = {"source": file.name}
     return Checkpoint(config, state, tokenizer, lineage, None, special, template)
 
 
 def _load_pickled(file: Path) -> Checkpoint:
-    config, tensors = read_pickled(file)
-    state = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    if config.tied:
-        state["lm_head.weight"] = state["wte.weight"]
-    vocabulary = file.parent / TOKENIZER_FILE
-    tokenizer = load_tokenizer(vocabulary) if vocabulary.exists() else None
-    _check_parts(config, state, tokenizer, file)
+    with _of_the_right_kinds(file):
+        config, tensors = read_pickled(file)
+        tensors = with_tied_head(config, tensors)
+    tokenizer = tokenizer_in(file.parent, gpt2=True)
+    state = _checked_parts(config, tensors, tokenizer, file)
     special = special_ids(tokenizer) if tokenizer else SpecialIds()
     return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
 
@@ -232,6 +245,18 @@ def _basis_of(checkpoint: Checkpoint) -> set[str]:
     return PROJECTIONS & checkpoint.state.keys() | {head_parameter(checkpoint.config)}
 
 
+def _read_lineage(folder: Path) -> dict[str, str]:
+    file = folder / LINEAGE_FILE
+    if not file.is_file():
+        return {}
+    return decode(
+        dict[str, str],
+        read_json(file, error=CheckpointError),
+        error=CheckpointError,
+        source=f"{file}",
+    )
+
+
 def _read_task(folder: Path) -> Task | None:
     file = folder / TASK_FILE
     if not file.is_file():
@@ -248,6 +273,9 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of all in a file. Raises CheckpointError."""
+    if file.suffix != ".safetensors":
+        yield from ((k, v) for k, v in load_pickled(file).items() if isinstance(v, Tensor))
+        return
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (not a mapping)
@@ -259,11 +287,21 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX_FILE).is_file():
-        index = read_json(folder / INDEX_FILE, error=CheckpointError)
-        files = [folder / Path(name).name for name in sorted(set(index["weight_map"].values()))]
+    """Those that no code can be in, if they are there."""
+    pickled = _has(folder, PICKLED_WEIGHTS_FILE) and not _has(folder, WEIGHTS_FILE)
+    weights = folder / (PICKLED_WEIGHTS_FILE if pickled else WEIGHTS_FILE)
+    index_file = weights.with_name(weights.name + INDEX_SUFFIX)
+    if index_file.is_file():
+        index = read_json(index_file, error=CheckpointError)
+        names = decode(
+            dict[str, str],
+            index.get("weight_map") if isinstance(index, dict) else index,
+            error=CheckpointError,
+            source=f"weight_map in {index_file}",
+        )
+        files = [folder / Path(name).name for name in sorted(set(names.values()))]
     else:
-        files = [folder / WEIGHTS_FILE]
+        files = [weights]
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(
             f"the weights in {folder}", found=f"no {', '.join(missing)}", do="copy all files again"
@@ -271,19 +309,36 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_parts(
-    config: ModelConfig, state: dict[str, Tensor], tokenizer: Tokenizer | None, folder: Path
-) -> None:
-    """Every fault at once: what is missing, what is left over, what has another shape, and tokens
-    that no row of the matrix is for."""
+def _checked_parts(
+    config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer | None, folder: Path
+) -> dict[str, Tensor]:
+    """The parameters in fp32. Every fault at once: what is missing, what is left over, what has
+    another shape or holds no numbers, and tokens that no row of the matrix is for."""
+    state = {
+        name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     faults = [f"{name} is missing" for name in wanted.keys() - state.keys()]
-    faults += [f"{name} is unknown" for name in state.keys() - wanted.keys()]
+    faults += [
+        f"{name} is unknown, its shape {list(state[name].shape)}"
+        for name in state.keys() - wanted.keys()
+    ]
     faults += [
         f"{name} has shape {list(state[name].shape)}, wanted {list(wanted[name])}"
         for name in wanted.keys() & state.keys()
         if state[name].shape != wanted[name]
+    ]
+    faults += [
+        f"{name} holds {tensor.dtype}, wanted floats"
+        for name, tensor in state.items()
+        if not tensor.is_floating_point()
+    ]
+    faults += [
+        f"{name} holds values that are infinite or no numbers"
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
     ]
     faults += ids_without_rows(tokenizer, config.vocab_size)
     if faults:
@@ -292,6 +347,7 @@ def _check_parts(
             found="; ".join(sorted(faults)),
             do="restore all files from the same model",
         )
+    return state
 
 
 def save_checkpoint(
@@ -302,7 +358,7 @@ def save_checkpoint(
     family = family_for(plain.config)
     config = family.to_json(plain.config) | {"dtype": "float32"}
     tensors = family.to_tensors(plain.config, plain.state)
-    with written_whole(folder) as temporary:
+    with written_whole(folder, force=True) as temporary:
         save_tensors(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / CONFIG_FILE, config | checkpoint.special.json())
         write_json(temporary / LINEAGE_FILE, checkpoint.lineage)
@@ -343,32 +399,35 @@ def _write_json_to(value: Any, path: Path) -> None:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well.
+
+    A folder that has come to stand there meanwhile is replaced only with `force`, one that is empty
+    in any case; of a link, what it points to. Raises TargetError.
 
     Everything in it is flushed to disk before the rename; on an error it is removed. What a
     killed process leaves behind has a name that starts with a dot and is never read.
     """
+    target = Path(os.path.realpath(target))
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     missing = [folder for folder in target.parents if not folder.exists()]
     try:
         temporary.mkdir(parents=True)
     except OSError as e:
-        raise TargetError(
-            f"to write {target}", found=e.strerror or str(e), do="choose another place"
-        ) from e
+        raise _not_written(target, e) from e
     try:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
-        if target.exists():  # only where the caller has agreed to replace it
-            old = temporary.with_suffix(".old")
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
+        old = temporary.with_suffix(".old")
+        try:
+            if force and target.is_dir():
+                target.rename(old)
+            temporary.rename(target)  # fails, in one step, where there is more than an empty folder
+        except OSError as e:
+            raise _not_written(target, e) from e
+        shutil.rmtree(old, ignore_errors=True)
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -376,6 +435,12 @@ def written_whole(target: Path) -> Iterator[Path]:
             for folder in missing:  # made for nothing; one that is not empty stays
                 with suppress(OSError):
                     folder.rmdir()
+
+
+def _not_written(target: Path, error: OSError) -> TargetError:
+    return TargetError(
+        f"to write {target}", found=error.strerror or str(error), do="choose another place"
+    )
 
 
 def replace_json(path: Path, value: Any) -> None:

@@ -190,6 +190,8 @@ def convert(
     checkpoint = local_checkpoint(checkpoint)
     given = {name: value for name, value in options.items() if value is not None}
     given["notes"] = pairs("--note", notes)
+    if "against" in given:
+        given["against"] = local_checkpoint(given["against"])
     manifest = pipeline.convert(checkpoint, out, ConvertOptions(**given), say)
     report(pipeline.summary(out, manifest, manifest.fidelity), as_json)
 

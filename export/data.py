@@ -127,7 +127,7 @@ def tokenize(
             start = out.tell()
             progress(number / len(paths), f"tokenizing {path.name}")
             for piece in read_pieces(path):
-                np.asarray(_encode(tokenizer, piece, path), _DTYPE).tofile(out)
+                np.asarray(encode(tokenizer, piece, path), _DTYPE).tofile(out)
             if end is not None:
                 np.asarray([end], _DTYPE).tofile(out)
             written = (out.tell() - start) // _DTYPE.itemsize
@@ -144,9 +144,11 @@ def tokenize(
     return total, np.concatenate(held).astype(np.int64) if held else np.zeros(0, np.int64)
 
 
-def _encode(tokenizer: Tokenizer, text: str, path: Path) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, path: Path, *, whole: bool = False) -> list[int]:
+    """The ids of a part of a file; `whole` adds what the tokenizer puts around texts. Raises
+    DataError if a character has none."""
     try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=whole).ids
         return ids
     except Exception as e:  # the library raises plain Exception
         raise DataError(

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gptrt.errors import FidelityError
+
 from .model import GPT
 from .progress import Progress, silent
 
@@ -127,6 +129,10 @@ def _gradient_of_draws(x: Tensor, head: Tensor, random: torch.Generator) -> Tens
     found = []
     for part in torch.split(x, max(1, _LOGITS // len(head))):
         probs = torch.softmax(part @ head.T, -1)
+        if not torch.isfinite(probs).all():
+            raise FidelityError(
+                "a model that computes numbers", found="none", do="restore the checkpoint"
+            )
         drawn = torch.multinomial(probs, 1, generator=random).squeeze(1)
         found.append(head[drawn] - probs @ head)
     return torch.cat(found)

@@ -31,12 +31,13 @@ class _Architecture:
     """One of llama.cpp's: the family that it came from, and what its converter did to a tensor.
 
     `restored` is given the config, the name in Hugging Face's folder and the tensor [out, in];
-    `names` are those of `_NUMBERS` that the family calls differently.
+    `names` are those of `_NUMBERS` that the family calls differently, `epsilon` that of its norms.
     """
 
     model_type: str
     restored: Callable[[ModelConfig, str, Tensor], Tensor]
     names: dict[str, str]
+    epsilon: str = "attention.layer_norm_rms_epsilon"
 
 
 def _as_it_is(_config: ModelConfig, _name: str, tensor: Tensor) -> Tensor:
@@ -71,9 +72,11 @@ _GPT2_NAMES = {
     "num_attention_heads": "n_head",
     "layer_norm_eps": "layer_norm_epsilon",
 }
+_NEOX_NAMES = {"rope_theta": "rotary_emb_base"}
+_LAYER_NORM = "attention.layer_norm_epsilon"
 _ARCHITECTURES = {
-    "gpt2": _Architecture("gpt2", _conv1d, _GPT2_NAMES),
-    "gptneox": _Architecture("gpt_neox", _head_by_head, {"rope_theta": "rotary_emb_base"}),
+    "gpt2": _Architecture("gpt2", _conv1d, _GPT2_NAMES, _LAYER_NORM),
+    "gptneox": _Architecture("gpt_neox", _head_by_head, _NEOX_NAMES, _LAYER_NORM),
     "llama": _Architecture("llama", _halves_for_neighbours, {}),
     "qwen2": _Architecture("qwen2", _as_it_is, {}),
     "qwen3": _Architecture("qwen3", _as_it_is, {}),
@@ -88,10 +91,31 @@ _NUMBERS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.layer_norm_epsilon": "layer_norm_eps",
+    _LAYER_NORM: "layer_norm_eps",
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
     "use_parallel_residual": "use_parallel_residual",
+}
+_NEEDED = (
+    *("context_length", "embedding_length", "block_count", "feed_forward_length"),
+    "attention.head_count",
+)
+_DEFAULTS = {"rope.freq_base": 10000.0}  # of llama.cpp; those of a family differ
+
+# Of `rope.scaling`: what Hugging Face says as well, and what means nothing with this value.
+_SCALING = {
+    "type": "rope_type",
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+_WITHOUT_EFFECT = {
+    "attn_factor": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_ext_factor": (1.0,),
+    "yarn_log_multiplier": (0.0,),
+    "finetuned": (True, False),
 }
 
 
@@ -135,6 +159,9 @@ class GgufFile:
             )
         family = family_named(architecture.model_type)
         config = family.from_json(self._json(str(name), architecture))
+        turned, wanted = f"{name}.rope.dimension_count", config.rotary_dim or config.head_dim
+        if config.positions == "rotary" and self.values.get(turned, wanted) != wanted:
+            raise self._unsupported(f"{turned} {wanted}", self.values[turned])
         return config, family.from_tensors(config, self._state(str(name), family, config))
 
     def _json(self, name: str, architecture: _Architecture) -> Json:
@@ -144,12 +171,16 @@ class GgufFile:
             raise CheckpointError(
                 f"a dense model in {self.path}", found="a mixture of experts", do="choose another"
             )
-        found = {theirs: self.values.get(prefix + key) for key, theirs in _NUMBERS.items()}
-        json: Json = {
-            architecture.names.get(key, key): value
-            for key, value in found.items()
-            if value is not None
+        needed = (prefix + key for key in (*_NEEDED, architecture.epsilon))
+        if missing := [key for key in needed if key not in self.values]:
+            raise CheckpointError(
+                f"{', '.join(missing)} in {self.path}", found="no such keys", do="fetch it again"
+            )
+        found = {
+            theirs: self.values.get(prefix + key, _DEFAULTS.get(key))
+            for key, theirs in _NUMBERS.items()
         }
+        json: Json = {architecture.names.get(key, key): value for key, value in found.items()}
         json["vocab_size"] = self._rows("token_embd.weight")
         json["tie_word_embeddings"] = "output.weight" not in self.tensors
         biased = {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}
@@ -157,33 +188,44 @@ class GgufFile:
         json["mlp_bias"] = "blk.0.ffn_up.bias" in self.tensors
         turned = self.values.get(f"{prefix}rope.dimension_count")
         heads, width = found["num_attention_heads"], found["hidden_size"]
-        if turned and heads and width:
-            json["rotary_pct"] = turned * heads / width
+        json["rotary_pct"] = 1.0 if turned is None else turned * heads / width
         if scaling := self._rope_scaling(prefix):
             json["rope_scaling"] = scaling
         return json
 
     def _rope_scaling(self, prefix: str) -> Json | None:
-        if _FACTORS in self.tensors:
-            factors = self._tensor(_FACTORS).flatten().tolist()
-            context = self.values.get(f"{prefix}context_length")
-            return {
-                "rope_type": "longrope",
-                "short_factor": factors,
-                "long_factor": factors,
-                "attention_factor": 1.0,
-                "original_max_position_embeddings": context,
-            }
-        prefix += "rope.scaling."
-        kind = self.values.get(f"{prefix}type", "none")
-        if kind == "none":
-            return None
-        found = {
-            "rope_type": kind,
-            "factor": self.values.get(f"{prefix}factor"),
-            "original_max_position_embeddings": self.values.get(f"{prefix}original_context_length"),
+        scaling = self._scaling_by_keys(f"{prefix}rope.")
+        if _FACTORS not in self.tensors:
+            return scaling
+        if scaling is not None:
+            raise self._unsupported(f"{_FACTORS} alone", f"{scaling} as well")
+        factors = self._tensor(_FACTORS).flatten().tolist()
+        return {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": self.values[f"{prefix}context_length"],
         }
-        return {key: value for key, value in found.items() if value is not None}
+
+    def _scaling_by_keys(self, prefix: str) -> Json | None:
+        start = f"{prefix}scaling."
+        given = {k.removeprefix(start): v for k, v in self.values.items() if k.startswith(start)}
+        for key, value in given.items():
+            if key not in _SCALING and value not in _WITHOUT_EFFECT.get(key, ()):
+                raise self._unsupported(f"no {start}{key}, or one without effect,", value)
+        # What llama.cpp takes where nothing is said; the factor had another name once.
+        found = {"rope_type": "linear", "factor": self.values.get(f"{prefix}scale_linear", 1.0)}
+        found |= {theirs: given[key] for key, theirs in _SCALING.items() if key in given}
+        plain = found["rope_type"] == "linear" and found["factor"] in (0.0, 1.0)
+        return None if plain or found["rope_type"] == "none" else found
+
+    def _unsupported(self, wanted: str, found: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{wanted} in {self.path}",
+            found=repr(found),
+            do="this variant is not supported natively",
+        )
 
     def _state(self, name: str, family: Family, config: ModelConfig) -> State:
         """Every tensor under the name that Hugging Face's folder has for it; those that the model

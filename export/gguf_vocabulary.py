@@ -8,6 +8,7 @@ down: the pieces with the highest scores are made first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import (
@@ -51,9 +52,9 @@ _WORDS = {
 _BEGINS_TEXT = {"llama-bpe"}  # where nothing is said of it
 
 
-def read_vocabulary(values: Mapping[str, Any], source: str) -> tuple[Tokenizer, SpecialIds]:
-    """The tokenizer that a file's metadata describe, and its special ids. Raises CheckpointError
-    for one that is none of the kinds here."""
+def read_vocabulary(values: Mapping[str, Any], source: Path) -> Tokenizer:
+    """The tokenizer that a file's metadata describe. Raises CheckpointError for one that is none of
+    the kinds here."""
     kind, tokens = _value(values, "model"), _value(values, "tokens")
     if kind not in _MAKERS or not isinstance(tokens, list):
         raise CheckpointError(
@@ -65,8 +66,7 @@ def read_vocabulary(values: Mapping[str, Any], source: str) -> tuple[Tokenizer, 
         raise
     except Exception as e:  # the library raises plain Exception
         raise CheckpointError(f"a whole vocabulary in {source}", found=str(e), do=_OTHERWISE) from e
-    bos = _id(values, "bos", tokens)
-    ends = (_id(values, "eos", tokens), _id(values, "eot", tokens))
+    bos = special_ids_of(values).bos
     begins = kind == "llama" or _value(values, "pre") in _BEGINS_TEXT
     if bos is not None and _value(values, "add_bos_token", begins):
         first = tokens[bos]
@@ -74,7 +74,14 @@ def read_vocabulary(values: Mapping[str, Any], source: str) -> tuple[Tokenizer, 
             single=f"{first}:0 $A:0", pair=None, special_tokens=[(first, bos)]
         )
     _add_special(tokenizer, tokens, _value(values, "token_type", []))
-    return tokenizer, SpecialIds(bos, tuple(dict.fromkeys(i for i in ends if i is not None)))
+    return tokenizer
+
+
+def special_ids_of(values: Mapping[str, Any]) -> SpecialIds:
+    """What a file's metadata say begins a text, and what ends one."""
+    tokens = _value(values, "tokens", [])
+    bos, *ends = (_id(values, key, tokens) for key in ("bos", "eos", "eot"))
+    return SpecialIds(bos, tuple(dict.fromkeys(i for i in ends if i is not None)))
 
 
 def read_chat_template(values: Mapping[str, Any]) -> ChatTemplate | None:
@@ -98,7 +105,7 @@ def _id(values: Mapping[str, Any], key: str, tokens: Sequence[str]) -> int | Non
     return int(found) if found is not None and 0 <= found < len(tokens) else None
 
 
-def _byte_level(values: Mapping[str, Any], tokens: list[str], source: str) -> Tokenizer:
+def _byte_level(values: Mapping[str, Any], tokens: list[str], source: Path) -> Tokenizer:
     pre = _value(values, "pre", "gpt-2")
     if pre not in _WORDS:
         raise CheckpointError(
@@ -113,7 +120,7 @@ def _byte_level(values: Mapping[str, Any], tokens: list[str], source: str) -> To
     return tokenizer
 
 
-def _sentencepiece(values: Mapping[str, Any], tokens: list[str], source: str) -> Tokenizer:
+def _sentencepiece(values: Mapping[str, Any], tokens: list[str], source: Path) -> Tokenizer:
     ids = {token: i for i, token in enumerate(tokens)}
     scores = _value(values, "scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):

@@ -8,10 +8,12 @@ from pathlib import Path
 from gptrt.errors import CheckpointError, DependencyError, first_line
 
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_FILES = (
+_FILES = (  # no other weights: some repositories have them once more for other software
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("*.safetensors", "*.safetensors.index.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "model.safetensors.index.json"),
+    *("model.safetensors", "model-*.safetensors"),
 )
+_SNAPSHOTS, _MODELS = "snapshots", "models--"  # of the hub's cache: models--NAME/snapshots/REVISION
 
 
 def local_checkpoint(path: Path) -> Path:
@@ -49,3 +51,11 @@ def local_checkpoint(path: Path) -> Path:
             do="choose a repository or a revision that has them",
         )
     return Path(folder)
+
+
+def name_of(folder: Path) -> str:
+    """What a model is called that lies there: in the hub's cache its name and its revision."""
+    name = folder.parent.parent.name
+    if folder.parent.name != _SNAPSHOTS or not name.startswith(_MODELS):
+        return folder.name
+    return f"{name.removeprefix(_MODELS).replace('--', '/')}@{folder.name}"

@@ -46,7 +46,7 @@ def pickled_file(path: Path) -> Path | None:
 
 def read_pickled(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Shape and parameters, by the names of `GPT`. Raises CheckpointError."""
-    content = _load(file)
+    content = load_pickled(file)
     arguments = content.get("model_args")
     raw = content.get("model", content) if isinstance(arguments, dict) else content
     state = {_own_name(name): value for name, value in raw.items() if isinstance(value, Tensor)}
@@ -62,7 +62,8 @@ def read_pickled(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return _mingpt(state, file), state
 
 
-def _load(file: Path) -> dict[str, Any]:
+def load_pickled(file: Path) -> dict[str, Any]:
+    """The tensors and plain values of a file. Raises CheckpointError."""
     try:
         with warnings.catch_warnings():  # what is wrong, the error says
             warnings.simplefilter("ignore")

@@ -32,6 +32,7 @@ from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
 from .companions import write_companions
 from .graph import build_graph
 from .heads import with_padded_heads
+from .hub import name_of
 from .kv_cache import calibrate_cache, quantize_cache
 from .model import GPT
 from .nbits import save_graph, store_matrices
@@ -69,13 +70,14 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silen
     """
     refuse_taken(out, force=options.force)
     options.check()
-    with written_whole(out) as folder:
+    with written_whole(out, force=options.force) as folder:
         draft = (_fill if options.via is None else _fill_via)(source, folder, options, step)
         manifest = _manifest(out.name, draft, options, folder)
         write_json(folder / MANIFEST_FILE, asdict(manifest))
         step("verifying against PyTorch")
         manifest = _promise(manifest, open_bundle(folder), draft, options)
         write_json(folder / MANIFEST_FILE, asdict(manifest))
+        refuse_taken(out, force=options.force)  # it may have taken hours
     return manifest
 
 
@@ -139,7 +141,7 @@ def _fill_via(source: Path, folder: Path, options: ConvertOptions, step: Step) -
     store_matrices(graph, matrices)
     save_graph(graph, folder)
     via.write_companions(source, folder, model.vocab_size)
-    lineage = {"source": source.name, "graph": model.made_with}
+    lineage = {"source": name_of(source), "graph": model.made_with}
     return _Draft(model, cache, quantization, lineage, texts, via.reference_of(source))
 
 

@@ -7,6 +7,7 @@ it knows what errors of the products cost, it does so between rows as well.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +77,13 @@ def _quantizers(module: str) -> Any:
     import importlib
 
     import_onnxruntime()  # its telemetry off
-    return importlib.import_module(f"onnxruntime.quantization.{module}")
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers.copy()
+    try:
+        return importlib.import_module(f"onnxruntime.quantization.{module}")
+    finally:  # one of them sets up the logging of the whole process
+        root.setLevel(level)
+        root.handlers = handlers
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, DataError
 
-from .data import TRAIN_IDS, VALID_IDS, open_ids, read_pieces
+from .data import TRAIN_IDS, VALID_IDS, encode, open_ids, read_pieces
 from .examples import Examples, has_examples
 from .runs import DATA_FOLDER
 
@@ -100,7 +100,11 @@ def calibration_tokens(config: ModelConfig) -> int:
 
 
 def _read(tokenizer: Tokenizer, path: Path, tokens: int) -> Ids:
-    pieces = (tokenizer.encode(p).ids for p in read_pieces(path))
+    """The first ids of a file. As in use, one token begins a text where the tokenizer has one."""
+    pieces = (
+        encode(tokenizer, piece, path, whole=number == 0)
+        for number, piece in enumerate(read_pieces(path))
+    )
     return np.fromiter(islice(chain.from_iterable(pieces), tokens + 1), np.uint32)
 
 

@@ -123,15 +123,23 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """
     if path.is_file():
         return load_tokenizer(path)
-    if (path / TOKENIZER_FILE).is_file():
-        return load_tokenizer(path / TOKENIZER_FILE)
-    for vocabulary, merges in _GPT2_FILES:
-        if (path / vocabulary).is_file() and (path / merges).is_file():
-            return from_gpt2_files(path / vocabulary, path / merges)
+    if found := tokenizer_in(path, gpt2=True):
+        return found
     pairs = " or ".join(" and ".join(pair) for pair in _GPT2_FILES)
     raise CheckpointError(
         f"{TOKENIZER_FILE}, or {pairs}, in {path}", found="none of them", do="check --tokenizer"
     )
+
+
+def tokenizer_in(folder: Path, *, gpt2: bool) -> Tokenizer | None:
+    """The `tokenizer.json` of a folder, if there is one; of a `gpt2` its own two files serve. Other
+    models have files of these names that cut a text into other words."""
+    if (folder / TOKENIZER_FILE).is_file():
+        return load_tokenizer(folder / TOKENIZER_FILE)
+    for vocabulary, merges in _GPT2_FILES if gpt2 else ():
+        if (folder / vocabulary).is_file() and (folder / merges).is_file():
+            return from_gpt2_files(folder / vocabulary, folder / merges)
+    return None
 
 
 def save_tokenizer(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gptrt.architecture import ForeignModel
+from gptrt.chat import TEMPLATE_FILE
 from gptrt.errors import CheckpointError, DependencyError, GptrtError, OptionError, first_line
 from gptrt.format import (
     CONFIG_FILE,
@@ -264,7 +265,7 @@ def write_companions(source: Path, folder: Path, vocab_size: int) -> None:
     special = next((ids for ids in found if ids is not None), SpecialIds())
     for name, json in configs.items():
         write_json(folder / name, json | special.json())
-    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

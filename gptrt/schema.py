@@ -91,7 +91,7 @@ def _member(members: tuple[Any, ...], value: Any) -> Any:
 
 def _decode_dataclass(kind: Any, value: Any, where: str, faults: list[str]) -> Any:
     if not isinstance(value, dict):
-        return _fault(faults, where or "the top level", "an object", value)
+        return _fault(faults, where, "an object", value)
     before = len(faults)
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -129,9 +129,8 @@ def _fault(faults: list[str], where: str, wanted: str, value: Any) -> None:
         shown = repr(value)
     except RecursionError:  # json reads a little deeper than repr writes
         shown = "nested too deeply"
-    faults.append(
-        f"{where} is {shown if len(shown) <= 40 else shown[:37] + '...'}, wanted {wanted}"
-    )
+    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    faults.append(f"{where or 'the top level'} is {shown}, wanted {wanted}")
 
 
 def read_json(path: Path, *, error: type[GptrtError], limit: int = 64 << 20) -> Any:

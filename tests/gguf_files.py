@@ -25,14 +25,19 @@ def write_gguf(
     vocabulary: Mapping[str, Any],
     kind: Kind = Kind.F32,
     factors: Array | None = None,
+    **changes: Any,
 ) -> Path:
     """Matrices whose rows are whole blocks in `kind`, everything else in fp32; `factors` divide
-    the frequencies of rotary positions."""
+    the frequencies of rotary positions. `changes` are values by keys, None for one that is left
+    out."""
     config = model.config
     name = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(file, name)
     _describe(writer, config)
-    _add_values(writer, vocabulary)
+    _add_values(writer, {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()})
+    for key in changes:
+        writer.kv_data[0].pop(key, None)
+    _add_values(writer, {key: value for key, value in changes.items() if value is not None})
     number = next(key for key, own in gguf.MODEL_ARCH_NAMES.items() if own == name)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     for theirs, tensor in model.state_dict().items():
@@ -100,9 +105,14 @@ def _head_dim(config: Any) -> int:
 
 
 def _add_values(writer: gguf.GGUFWriter, values: Mapping[str, Any]) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+    add: dict[type, Any] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in values.items():
-        add.get(type(value), writer.add_array)(f"tokenizer.ggml.{key}", value)
+        add.get(type(value), writer.add_array)(key, value)
 
 
 def byte_level_vocabulary(tokenizer: Tokenizer, **values: Any) -> dict[str, Any]:

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from export.checkpoint import load_checkpoint
+from export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from export.cli import main as gptrt_export
 from export.graph import build_graph
 from export.model import GPT
@@ -24,12 +26,14 @@ from export.options import ConvertOptions
 from export.pipeline import convert, verify
 from export.reopen import load_bundle
 from export.runs import Run, open_run
+from export.texts import TextFiles, choose_texts
+from export.tokenization import TokenizerConfig, train_tokenizer
 from gptrt.decoder import Decoder
-from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
+from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError, TargetError
 from gptrt.format import open_bundle, read_manifest
 from gptrt.tokenizer import Tokenizer
 
-from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -246,14 +250,24 @@ def test_a_bundle_above_the_limit_fails_and_leaves_nothing(run: Run, tmp_path: P
     assert open_bundle(out).manifest.quantization.mode == "int4"
 
 
+@pytest.mark.parametrize(
+    ("value", "mode", "error"),
+    [(3e38, "none", FidelityError), (3e38, "int4", FidelityError)]
+    + [(value, "int4", CheckpointError) for value in (float("nan"), float("-inf"))],
+)
 def test_a_model_that_computes_no_numbers_fails(
-    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+    value: float,
+    mode: Literal["none", "int4"],
+    error: type[Exception],
+    save_model: Callable[[GPT], Path],
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     model = scrambled(GPT2_SHAPE)
     with torch.no_grad():
-        model.ln_f.weight[0] = float("nan")
-    with pytest.raises(FidelityError):
-        convert(save_model(model), tmp_path / "b", ConvertOptions("none", verify_text=text_file))
+        model.ln_f.weight[0] = value
+    with pytest.raises(error, match=r"ln_f\.weight holds|numbers|ratio"):
+        convert(save_model(model), tmp_path / "b", ConvertOptions(mode, verify_text=text_file))
     assert not (tmp_path / "b").exists()
 
 
@@ -317,13 +331,30 @@ def test_an_existing_bundle_is_kept_unless_force_says_otherwise(
     arguments = ("convert", run.path, "--out", copied, "--allow-loss")
     assert_refused(run_cli(gptrt_export, *arguments), "--force")
     assert (copied / "gptrt.json").read_bytes() == before
-    assert run_cli(gptrt_export, *arguments, "--force").exit_code == 0
+    link = tmp_path / "current"
+    link.symlink_to(copied)
+    result = run_cli(gptrt_export, *arguments[:3], link, "--allow-loss", "--force")
+    assert result.exit_code == 0, result.output
     assert open_bundle(copied).manifest.quantization.mode == "int4"
+    assert link.is_symlink() and set(tmp_path.iterdir()) == {link, copied}
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "file").write_text("mine")
     assert_refused(run_cli(gptrt_export, *arguments[:3], mine, "--force"), "another --out")
     assert (mine / "file").read_text() == "mine"
+
+
+def test_what_comes_to_stand_in_the_way_of_a_bundle_is_kept(run: Run, tmp_path: Path) -> None:
+    mine = tmp_path / "bundle" / "thesis.txt"
+
+    def step(_line: str) -> None:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+
+    with pytest.raises(TargetError, match="bundle"):
+        convert(run.path, mine.parent, ConvertOptions("int8", force=True), step)
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine.parent]
 
 
 def test_wrong_input_to_convert_is_refused_before_any_work(
@@ -346,6 +377,30 @@ def test_wrong_input_to_convert_is_refused_before_any_work(
         with pytest.raises(error):
             convert(path, out, ConvertOptions(**options))
         assert {path.name for path in tmp_path.iterdir()} == {"short.txt"}
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TokenizerConfig("char"), [story()])
+    config = replace(GPT2_SHAPE, vocab_size=tokenizer.get_vocab_size())
+    checkpoint = Checkpoint(config, scrambled(config).state_dict(), tokenizer, {})
+    save_checkpoint(checkpoint, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(story(50) + "Ünseen", encoding="utf-8")
+    arguments = ("convert", tmp_path / "model", "--out", tmp_path / "b", "--verify-text", text)
+    assert_refused(run_cli(gptrt_export, *arguments), "text that the tokenizer knows", "text.txt")
+
+
+def test_a_text_read_in_pieces_begins_once(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 300), [story()])
+    plain = tokenizer.encode(text_file.read_text()).ids
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|>:0 $A:0", pair=None, special_tokens=[("<|endoftext|>", 0)]
+    )
+    monkeypatch.setattr("export.data._PIECE", 97)
+    texts = choose_texts(tmp_path, tokenizer, TextFiles(text_file, verify_tokens=len(plain)))
+    assert texts.verify.tolist() == [0, *plain]
 
 
 def test_output_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:

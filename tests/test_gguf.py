@@ -162,6 +162,18 @@ def test_a_file_converts_to_a_bundle_that_speaks(text_file: Path, tmp_path: Path
         assert len(list(generator.tokens([5, 6], max_new_tokens=4))) == 4
 
 
+def test_a_tokenizer_beside_a_file_stands_for_a_vocabulary_that_we_cannot_read(
+    tmp_path: Path,
+) -> None:
+    vocabulary = VOCABULARY | {"pre": "deepseek-llm", "eos_token_id": 7}
+    file = write_gguf(reference("llama"), tmp_path / "m.gguf", vocabulary)
+    BPE.save(str(tmp_path / "tokenizer.json"))
+    found = load_checkpoint(file)
+    assert found.tokenizer is not None
+    assert found.tokenizer.encode(TEXT).ids == BPE.encode(TEXT).ids
+    assert found.special.eos == (7,)
+
+
 def damaged(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:400])
 
@@ -196,6 +208,55 @@ def test_a_file_that_is_not_whole_is_refused(
     result = run_cli(gptrt_export, "convert", file, "--out", out, "--verify-text", text_file)
     assert_refused(result, *words)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.attention.head_count", [4, 4, 4], ["tiny.gguf", "list"]),
+        ("llama.context_length", None, ["llama.context_length"]),
+        ("llama.attention.layer_norm_rms_epsilon", None, ["llama.attention.layer_norm_rms"]),
+        ("llama.rope.dimension_count", 8, ["llama.rope.dimension_count 16", "found 8"]),
+        ("llama.rope.scaling.attn_factor", 2.0, ["llama.rope.scaling.attn_factor", "found 2.0"]),
+        ("llama.rope.scaling.alpha", 2.0, ["llama.rope.scaling.alpha"]),
+        ("tokenizer.ggml.token_type", 5, ["tiny.gguf", "'int'"]),
+        ("tokenizer.ggml.bos_token_id", "x", ["tiny.gguf", "'str'"]),
+    ],
+)
+def test_values_that_would_change_the_model_or_are_of_another_kind_are_refused(
+    key: str, value: Any, words: list[str], tmp_path: Path
+) -> None:
+    file = write_gguf(reference("llama"), tmp_path / "tiny.gguf", VOCABULARY, **{key: value})
+    assert_refused(run_cli(gptrt_export, "convert", file, "--out", tmp_path / "bundle"), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"llama.rope.scaling.attn_factor": 1.0, "llama.rope.scaling.finetuned": True}),
+        ("llama", {"llama.rope.freq_base": None, "llama.attention.key_length": None}),
+        ("llama-linear", {"llama.rope.scaling.type": None}),
+        (
+            "llama-linear",
+            {"llama.rope.scaling.factor": None, "llama.rope.scale_linear": 4.0},
+        ),
+        ("llama-yarn", {"llama.rope.scaling.yarn_beta_fast": 32.0}),
+    ],
+)
+def test_values_that_change_nothing_are_as_if_left_out(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = reference(name)
+    assert_same(theirs, write_gguf(theirs, tmp_path / "m.gguf", VOCABULARY, **changes))
+
+
+def test_what_a_file_does_not_say_is_as_llama_cpp_takes_it(tmp_path: Path) -> None:
+    left_out = {"smollm3.rope.freq_base": None, "smollm3.attention.head_count_kv": None}
+    theirs = reference("smollm3")
+    theirs.config.num_key_value_heads = theirs.config.num_attention_heads
+    theirs = transformers.AutoModelForCausalLM.from_config(theirs.config)
+    config = load_checkpoint(write_gguf(theirs, tmp_path / "m.gguf", VOCABULARY, **left_out)).config
+    assert (config.rope_theta, config.n_kv_head) == (1e4, 4)
 
 
 def test_of_two_files_in_a_folder_neither_is_guessed(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ from .conftest import GPT2_SHAPE, assert_refused, run_cli, scrambled
 
 hub = pytest.importorskip("huggingface_hub", reason="an optional package")
 
+from huggingface_hub.utils import filter_repo_objects  # noqa: E402
+
+REVISION = "0" * 40
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -29,9 +33,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def store(cache: Path, folder: Path) -> None:
     repository = cache / "models--somebody--tiny"
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    shutil.copytree(folder, repository / "snapshots" / REVISION)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "refs" / "main").write_text(REVISION)
 
 
 def test_a_name_is_found_in_the_cache(
@@ -40,9 +44,30 @@ def test_a_name_is_found_in_the_cache(
     store(cache, save_model(scrambled(GPT2_SHAPE)))
     result = run_cli(
         gptrt_export, "convert", "somebody/tiny", "--out", tmp_path / "bundle",
-        "--quantize", "none", "--verify-text", text_file,
+        "--quantize", "none", "--verify-text", text_file, "--against", "somebody/tiny",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert f"somebody/tiny@{REVISION}" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+def test_what_is_fetched_is_the_model_once_and_its_chat_template(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parts = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    used = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} | parts
+    used |= {"vocab.json", "merges.txt"}
+    others = {"consolidated.safetensors", "original/x.safetensors", "pytorch_model.bin", "a.gguf"}
+
+    def download(repository: str, *, allow_patterns: list[str], **_rest: object) -> str:
+        assert repository == "somebody/large"
+        kept = filter_repo_objects(used | others, allow_patterns=allow_patterns)
+        for name in kept:
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    found = local_checkpoint(Path("somebody/large"))
+    assert {path.name for path in found.iterdir()} == used
 
 
 @pytest.mark.usefixtures("cache")

@@ -85,6 +85,25 @@ def test_heads_that_no_file_tells_are_asked_for(tmp_path: Path) -> None:
     assert load_checkpoint(file).config == MINI
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_args": {"n_head": 4}, "model": [1]},
+        {1: torch.ones(2)},
+        {"model_args": {"n_head": 4}, "model": {"wte.weight": torch.ones(3)}},
+        {"model_args": {"n_head": 4}, "model": {"wpe.weight": torch.ones(())}},
+        {"model_args": {"n_head": 4}, "model": {"h.0.mlp.c_fc.weight": torch.ones(())}},
+    ],
+)
+def test_a_pickle_of_something_else_is_refused(content: dict[Any, Any], tmp_path: Path) -> None:
+    if isinstance(content.get("model"), dict):
+        tables = {"wte.weight": torch.ones(300, 64), "wpe.weight": torch.ones(64, 64)}
+        content |= {"model": tables | content["model"]}
+    torch.save(content, tmp_path / "ckpt.pt")
+    result = run_cli(gptrt_export, "convert", tmp_path, "--out", tmp_path / "b")
+    assert_refused(result, "ckpt.pt")
+
+
 class Trap:
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("sprung"),))

@@ -4,6 +4,8 @@ for rounding promises, and what is refused before the work begins."""
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -65,6 +67,18 @@ def test_a_zero_block_and_a_constant_block_stay_what_they_are(method: str) -> No
     symmetric = method == "nearest"
     found = DATA_FREE[method](weight, BlockFormat(4, 32, symmetric)).dequantize()  # type: ignore[index]
     np.testing.assert_allclose(found, weight, atol=0.04)
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_rounding_leaves_the_logging_of_the_process_alone(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("onnxruntime.quantization.")]:
+        monkeypatch.delitem(sys.modules, name)  # as if imported for the first time
+    monkeypatch.setattr(logging.root, "handlers", [])
+    level = logging.root.level
+    DATA_FREE[method](WEIGHT, BlockFormat(4, 64, symmetric=method == "nearest"))  # type: ignore[index]
+    assert (logging.root.handlers, logging.root.level) == ([], level)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

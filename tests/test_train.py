@@ -26,7 +26,7 @@ from export.runs import Run, create_run, open_run
 from export.start import plan_run
 from export.tokenization import TokenizerConfig, train_tokenizer
 from export.train import train
-from gptrt.errors import TrainingError
+from gptrt.errors import TargetError, TrainingError
 
 from .conftest import assert_refused, make_plan, run_cli, story
 
@@ -444,3 +444,16 @@ def test_a_preset_of_ones_own_is_trained(text_file: Path, tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     shape = open_run(tmp_path / "run").config.model
     assert (shape.n_layer, shape.n_embd, shape.n_inner) == (1, 32, 48)
+
+
+def test_what_comes_to_stand_in_the_way_of_a_run_is_kept(text_file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "run" / "thesis.txt"
+
+    def progress(_share: float, _note: str) -> None:
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+
+    with pytest.raises(TargetError, match="run"):
+        create_run(mine.parent, make_plan(text_file), progress)
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine.parent]

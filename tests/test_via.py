@@ -175,12 +175,14 @@ def test_a_graph_of_another_library_is_rounded_judged_and_run(
     mode: str, bits: float, theirs: Path, text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
+    (theirs / "chat_template.jinja").write_text("{{ messages[0].content }}")
     result = run_cli(
         gptrt_export, "convert", theirs, "--out", out, "--via", "mobius", "--quantize", mode,
         "--verify-text", text_file, "--max-perplexity-ratio", 1.05,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     manifest = read_manifest(out)
+    assert "chat_template.jinja" in manifest.files
     assert manifest.model.vocab_size == 300
     assert manifest.quantization.bits_per_weight <= bits
     assert "mobius-onnx 0" in (out / "README.md").read_text()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptrt.architecture import ModelConfig
@@ -81,7 +82,18 @@ def without_tied_head(config: ModelConfig, tensors: State, head: str = "lm_head.
 
 
 def with_tied_head(config: ModelConfig, state: State) -> State:
-    return state | {"lm_head.weight": state["wte.weight"]} if config.tied else state
+    tied = config.tied and "wte.weight" in state
+    return state | {"lm_head.weight": state["wte.weight"]} if tied else state
+
+
+def joined(tensors: State, names: Sequence[str]) -> Tensor | None:
+    """The rows of all of them in one, taken out of `tensors`; nothing is taken where one is missing
+    or has another width, so that the caller can name them."""
+    found = [tensors[name] for name in names if name in tensors]
+    fit = all(t.ndim and t.shape[1:] == found[0].shape[1:] for t in found)
+    if len(found) < len(names) or not fit:
+        return None
+    return torch.cat([tensors.pop(name) for name in names])
 
 
 def renamed(

@@ -70,7 +70,9 @@ def _to_tensors(config: ModelConfig, state: State) -> State:
 
 def _from_tensors(config: ModelConfig, tensors: State) -> State:
     state = {
-        name.removeprefix("transformer."): tensor.T if _CONV1D.search(name) else tensor
+        name.removeprefix("transformer."): (
+            tensor.T if tensor.ndim == 2 and _CONV1D.search(name) else tensor
+        )
         for name, tensor in tensors.items()
         if not _BUFFERS.search(name)
     }

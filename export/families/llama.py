@@ -16,7 +16,17 @@ from gptrt.architecture import ModelConfig, RopeScaling
 from gptrt.errors import CheckpointError
 from gptrt.schema import decode
 
-from .family import Family, Json, State, checked, divide, refuse, with_tied_head, without_tied_head
+from .family import (
+    Family,
+    Json,
+    State,
+    checked,
+    divide,
+    joined,
+    refuse,
+    with_tied_head,
+    without_tied_head,
+)
 
 # --- config.json -------------------------------------------------------------------------------
 
@@ -231,8 +241,8 @@ def _from_tensors(config: ModelConfig, tensors: State) -> State:
         for own, parts in _JOINED.items():
             for end in _ENDS:
                 whole = [f"model.layers.{layer}.{part}{end}" for part in parts]
-                if all(name in rest for name in whole):
-                    state[f"h.{layer}.{own}{end}"] = torch.cat([rest.pop(name) for name in whole])
+                if (rows := joined(rest, whole)) is not None:
+                    state[f"h.{layer}.{own}{end}"] = rows
     return with_tied_head(config, state | rest)  # what is left over is reported by the caller
 
 

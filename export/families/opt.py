@@ -14,6 +14,7 @@ from .family import (
     activation_named,
     checked,
     divide,
+    joined,
     refuse,
     renamed,
     with_tied_head,
@@ -105,9 +106,8 @@ def _from_tensors(config: ModelConfig, tensors: State) -> State:
     for layer in range(config.n_layer):
         for end in ("weight", "bias"):
             whole = [f"model.decoder.layers.{layer}.{part}.{end}" for part in _PARTS]
-            if all(name in rest for name in whole):
-                joined = torch.cat([rest.pop(name) for name in whole])
-                state[f"h.{layer}.attn.c_attn.{end}"] = joined
+            if (rows := joined(rest, whole)) is not None:
+                state[f"h.{layer}.attn.c_attn.{end}"] = rows
     return with_tied_head(config, state | rest)
 
 
