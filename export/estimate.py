@@ -249,7 +249,7 @@ def _take_steps(
     trainer = Trainer(replace(run, config=replace(run.config, train=one_batch)), metric)
     seconds = []
     for step in range(steps + 1):
-        seconds.append(trainer.step()[1])
+        seconds.append(trainer.step().seconds)
         bar.update((step + 1) / (steps + 1), f"step {step} of {steps}")
     before, began = trainer.state.elapsed_s, time.perf_counter()
     loss = trainer.evaluate().loss

@@ -4,7 +4,7 @@ RUN/run.json           RunConfig: everything that decides what training computes
 RUN/data/*.bin         token ids, memory-mapped
 RUN/step-00000400/     checkpoints, each a Hugging Face folder plus the state of training
 RUN/checkpoints.json   which of them is the best and which the last
-RUN/log.jsonl          one line a step, one line an evaluation
+RUN/log.jsonl          one line a step (loss, lr, grad_norm, tok_s), one line an evaluation
 RUN/loss.png           the curves
 RUN/teacher/           with distillation, the checkpoint to learn from
 RUN/base/              with an adapter, the checkpoint that it adapts

@@ -59,6 +59,17 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class Step:
+    """The mean training loss; the learning rate of what AdamW trains; the norm of the gradient
+    before it was clipped; and the time that it took."""
+
+    loss: float
+    rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Judgement:
     """On what was held out: the loss in nats a token; the objective, which a teacher's divergence
     is part of, if there is one; the metric of the task, if there is one."""
@@ -104,14 +115,15 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
     if trainer.run.config.fine_tuning and trainer.state.step == 0:
         trainer.judge(_evaluate(trainer, log, bar))
     while not (reason := trainer.finished()):
-        loss, seconds = trainer.step()
+        took = trainer.step()
         state = trainer.state
-        speed = tokens_per_step(config) / seconds
+        speed = tokens_per_step(config) / took.seconds
         bar.update(
             trainer.share(),
-            f"step {state.step}  {what} {loss:.4f}  {speed:,.0f} tok/s{_best(state)}",
+            f"step {state.step}  {what} {took.loss:.4f}  {speed:,.0f} tok/s{_best(state)}",
         )
-        _write(log, step=state.step, **{what: loss}, tok_s=round(speed, 1))
+        known = {what: took.loss, "lr": took.rate, "grad_norm": took.grad_norm}
+        _write(log, step=state.step, **known, tok_s=round(speed, 1))
         stop = interrupted()
         due = state.step % config.eval_every == 0 or bool(trainer.finished())
         if due:
@@ -193,8 +205,8 @@ class Trainer:
             return "max_time"
         return "max_steps" if state.step >= config.max_steps else ""
 
-    def step(self) -> tuple[float, float]:
-        """One optimizer step: its mean training loss and the seconds it took."""
+    def step(self) -> Step:
+        """One optimizer step."""
         began = time.perf_counter()
         config, step = self.config, self.state.step
         torch.manual_seed(hash((config.seed, step)) & (2**63 - 1))  # dropout, the same on resume
@@ -210,15 +222,15 @@ class Trainer:
                 found=f"{loss} at step {step + 1}",
                 do=f"go on from the checkpoint in {self.run.path} with a lower learning rate",
             )
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.learning.values(), config.grad_clip)
+        parameters = self.learning.values()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf).item()
         rate = rate_scale(step, self.share(), config.warmup_steps, config.final_lr)
         self.optimizer.step(rate)
         if self.average is not None:
             self.average.update(step + 1)
         seconds = time.perf_counter() - began
         self.state = replace(self.state, step=step + 1, elapsed_s=self.state.elapsed_s + seconds)
-        return loss, seconds
+        return Step(loss, rate * config.optimizer.lr, norm, seconds)
 
     @torch.no_grad()
     def evaluate(self) -> Judgement:

@@ -63,6 +63,10 @@ def test_a_run_interrupted_and_resumed_gives_the_same_losses_bit_for_bit(
     for a, b in zip(whole.last()[0].state.values(), broken.last()[0].state.values(), strict=True):
         assert torch.equal(a, b)
     assert whole.last()[2].best_loss == broken.last()[2].best_loss
+    steps = [line for line in losses(whole) if "loss" in line]
+    rates = [line["lr"] for line in steps]
+    assert 0 < rates[-1] < max(rates) <= kind.lr
+    assert all(line["grad_norm"] > 0 for line in steps)
 
 
 def test_a_mean_is_of_the_last_steps_and_leaves_what_learns_alone() -> None:
