@@ -19,6 +19,7 @@ from export.calibration import correct_errors
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.data import open_ids, spread_windows
+from export.heads import with_padded_heads
 from export.learned_rounding import learn_rounding
 from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
@@ -38,7 +39,7 @@ from export.vocabulary import RowCosts
 from gptrt.errors import OptionError
 from gptrt.format import read_manifest
 
-from .conftest import GPT2_SHAPE, assert_refused, run_cli, scrambled
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
 from .test_train import QUIET, losses
 
 WEIGHT = np.random.default_rng(0).standard_normal((24, 200)).astype(np.float32)
@@ -199,6 +200,17 @@ def test_a_mixed_bundle_keeps_its_budget_and_shows_why(
     assert all(m.name in result.stderr for m in stored.matrices)
     assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert "sensitivity.png" in (out / "README.md").read_text()
+
+
+def test_the_zeros_of_padded_heads_are_no_weights(save_model: Callable[[GPT], Path]) -> None:
+    checkpoint = load_checkpoint(save_model(scrambled(replace(LLAMA_SHAPE, head_dim=20))))
+    padded = with_padded_heads(checkpoint)
+    formats = Recipe("int4", block_size=32, head_bits=4).formats(padded.config)
+    model = padded.frozen()
+    stored = sum(matrix.nbytes for matrix in quantize_model(model, formats, "nearest").values())
+    stored += sum(4 * p.numel() for p in model.parameters() if p.ndim == 1)
+    weights = sum(p.numel() for p in checkpoint.frozen().parameters())
+    assert average_bits(padded.config, formats) == pytest.approx(8 * stored / weights, rel=1e-3)
 
 
 def test_calibration_and_verification_never_share_text(
