@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -45,7 +46,7 @@ class ConvertOptions:
     verify_text: Path | None = None
     calibration_text: Path | None = None
     verify_tokens: int = DEFAULT_TOKENS
-    window: int | None = None  # tokens in a row, of either text: the context, if not given
+    window: int | None = None  # tokens in a row, of either text: as many as fit, if not given
     against: Path | None = None
     via: Via | None = None  # the library that builds the graph of what is not native
     max_perplexity_ratio: float | None = None
@@ -156,10 +157,9 @@ class ConvertOptions:
             )
 
     def check_for(self, checkpoint: Checkpoint) -> None:
-        """Raises OptionError for what the model cannot be, likewise before any work."""
-        context = checkpoint.config.n_positions
-        if self.window is not None and not 2 <= self.window <= context:
-            raise OptionError(f"--window from 2 to {context}", found=f"{self.window}", do="correct")
+        """Raises OptionError for what the model cannot be, likewise before any work: a model whose
+        heads are those that the bundle will have."""
+        check_window(self.window, checkpoint.config.n_positions)
         if self.bits_per_weight is not None:
             projected = checkpoint.config.projected or self.projects(checkpoint)
             check_budget(replace(checkpoint.config, projected=projected), self.bits_per_weight)
@@ -173,3 +173,15 @@ class ConvertOptions:
                 found=f"--quantize {self.mode}" if self.mode else "a recipe of its own",
                 do="leave all of that out, or convert what it was trained from",
             )
+
+
+def check_window(window: int | None, context: int) -> None:
+    """Raises OptionError."""
+    if window is not None and not 2 <= window <= context:
+        raise OptionError(f"--window from 2 to {context}", found=f"{window}", do="correct it")
+
+
+def check_above(option: str, value: float | None, least: float) -> None:
+    """Raises OptionError for what is not above `least`, or no number to compare with."""
+    if value is not None and not least < value < math.inf:
+        raise OptionError(f"{option} above {least}", found=f"{value}", do="correct it")

@@ -25,7 +25,7 @@ from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
 from export.options import ConvertOptions
 from export.parts import parameter_of, rows_of, split
-from export.pipeline import convert
+from export.pipeline import convert, verify
 from export.progress import silent
 from export.quantize import BY_TEXT, Recipe, average_bits, matrix_shapes, quantize_model
 from export.reopen import load_bundle
@@ -330,7 +330,7 @@ def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
         tmp_path / "same",
         ConvertOptions("int4", allow_loss=True, against=run.path),
     )
-    assert manifest.fidelity == own.fidelity
+    assert manifest.fidelity == own.fidelity == verify(out, made.path)[1]
     assert teacher.rounding is None
     for other in (("--quantize", "int8"), ("--asymmetric",), ("--bits-per-weight", 8)):
         result = run_cli(gptrt_export, "convert", made.path, "--out", tmp_path / "x", *other)
