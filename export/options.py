@@ -25,7 +25,7 @@ _RECIPE = ("method", "block_size", "head_bits", "symmetric", "projection")
 class ConvertOptions:
     """None leaves a choice to the exporter: `mode` to what the model was trained for, int4 if
     nothing, method, head and blocks to what loses least in a mode, `max_perplexity_ratio` to
-    `LIMITS`.
+    `target_ratio` or `LIMITS`.
 
     `bits_per_weight` or `target_ratio` is a budget, in bits over all parameters or in perplexity:
     with one of them every matrix gets bits and block of its own, by measured damage, and is rounded
@@ -71,6 +71,12 @@ class ConvertOptions:
         return self.bits_per_weight is not None or self.target_ratio is not None
 
     @property
+    def limit(self) -> float | None:
+        """The perplexity ratio above which a bundle is refused, if that is asked for."""
+        asked = self.max_perplexity_ratio
+        return self.target_ratio if asked is None else asked
+
+    @property
     def text_files(self) -> TextFiles:
         return TextFiles(self.verify_text, self.calibration_text, self.verify_tokens)
 
@@ -106,6 +112,14 @@ class ConvertOptions:
         """Raises OptionError for options that do not go together, before any work is done."""
         if self.via is not None:
             self._check_via()
+        check_above("--bits-per-weight", self.bits_per_weight, 0)
+        check_above("--target-ratio", self.target_ratio, 1)
+        check_above("--max-perplexity-ratio", self.max_perplexity_ratio, 0)
+        check_above("--verify-tokens", self.verify_tokens, 1)
+        if self.allow_loss and self.max_perplexity_ratio is not None:
+            raise OptionError(
+                "--max-perplexity-ratio or --allow-loss", found="both", do="leave one of them out"
+            )
         if self.kv_cache == "int8" and self.half:
             raise OptionError(
                 "--kv-cache int8 with activations in fp32",
@@ -165,6 +179,13 @@ class ConvertOptions:
             check_budget(replace(checkpoint.config, projected=projected), self.bits_per_weight)
         if checkpoint.rounding is not None:
             self._check_trained_for(mode_of(checkpoint.rounding.formats))
+        if self.calibration_text is not None and not self.needs_calibration(checkpoint):
+            raise OptionError(
+                "--calibration-text with what reads it: "
+                f"--method {' or '.join(BY_TEXT)}, a budget or --kv-cache int8",
+                found="none of them",
+                do="leave it out",
+            )
 
     def _check_trained_for(self, trained: str) -> None:
         if self.mode not in (None, trained) or self.mixed or self.own_recipe:

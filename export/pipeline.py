@@ -288,7 +288,7 @@ def _promise(
         examples=texts.examples,
     )
     if not options.allow_loss:
-        check_fidelity(fidelity, manifest.quantization.mode, options.max_perplexity_ratio)
+        check_fidelity(fidelity, manifest.quantization, options.limit)
     promised = replace(manifest, fidelity=fidelity, golden=golden_prompts(decoder, texts.verify))
     card = bundle.path / CARD_FILE
     card.write_text(model_card(promised, _samples(bundle)), encoding="utf-8")
@@ -307,12 +307,16 @@ def _samples(bundle: Bundle) -> list[tuple[str, str]]:
             return []
 
 
-def check_fidelity(fidelity: Fidelity, mode: str, limit: float | None = None) -> None:
-    """Raises FidelityError if the perplexity ratio is above the limit."""
-    limit = limit or LIMITS[mode]
+def check_fidelity(
+    fidelity: Fidelity, quantization: Quantization, limit: float | None = None
+) -> None:
+    """Raises FidelityError if the perplexity ratio is above the limit: if none is given, that of
+    the mode, or of int4, which is among what a mixed bundle was chosen from."""
+    if limit is None:
+        limit = LIMITS["int4" if quantization.matrices else quantization.mode]
     if not fidelity.perplexity_ratio <= limit:  # NaN is above every limit
         raise FidelityError(
-            f"a perplexity ratio of at most {limit} for {mode}",
+            f"a perplexity ratio of at most {limit}",
             found=f"{fidelity.ratio} on {fidelity.tokens:,} tokens of {fidelity.text}",
-            do="use a smaller --block-size or more bits, or accept it with --allow-loss",
+            do="store more bits, by smaller blocks or another budget, or convert with --allow-loss",
         )

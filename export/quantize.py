@@ -72,8 +72,9 @@ class Recipe:
     projection: bool | None = None
 
     def __post_init__(self) -> None:
-        BlockFormat(self.bits, self.block_size or _FINE_BLOCK)
-        BlockFormat(self.bits_of_head, self.block_size or _FINE_BLOCK)
+        size = _FINE_BLOCK if self.block_size is None else self.block_size
+        for bits in (self.bits, self.bits_of_head):
+            BlockFormat(bits, size)
         if self.method in _OWN_ZEROS and self.symmetric:
             raise OptionError(
                 f"a method for symmetric blocks: {', '.join(set(METHODS) - _OWN_ZEROS)}",
@@ -95,7 +96,7 @@ class Recipe:
 
     @property
     def bits_of_head(self) -> int:
-        return self.head_bits or HEAD_BITS[self.bits]
+        return HEAD_BITS[self.bits] if self.head_bits is None else self.head_bits
 
     @property
     def chosen_method(self) -> Method:
@@ -207,13 +208,14 @@ def mode_of(formats: Formats) -> Mode:
 
 
 def describe(
-    mode: Mode, method: str, config: ModelConfig, formats: Formats, matrices: Table = ()
+    method: str, config: ModelConfig, formats: Formats, matrices: Table = ()
 ) -> Quantization:
-    """What the manifest says of it: bits and block of most weights, the rest by name."""
-    shapes = matrix_shapes(config)
+    """What the manifest says of it: the bits of most matrices, and the block that most weights of
+    these bits have; the rest by name."""
+    mode, shapes = mode_of(formats), matrix_shapes(config)
     sizes = {name: math.prod(shape_of(name, shapes[parameter_of(name)])) for name in formats}
     body = max(
-        (fmt for name, fmt in formats.items() if name.startswith("h.")),
+        (f for name, f in formats.items() if name.startswith("h.") and f.bits == BITS[mode]),
         key=lambda fmt: sum(sizes[n] for n, f in formats.items() if f == fmt),
     )
     head = parts_of(head_parameter(config), formats)

@@ -87,14 +87,14 @@ def recipe_to_train(
 ) -> Recipe | None:
     """Training can afford what rounding alone cannot: blocks of 128 in narrow models too."""
     if mode is None:
-        if block_size or head_bits or projection is not None:
+        if (block_size, head_bits, projection) != (None, None, None):
             raise OptionError(
                 "--quantize int8, int4 or int2",
                 found="--block-size, --head-bits or --projection without it",
                 do="add it or leave them out",
             )
         return None
-    size = block_size or _TRAINED_BLOCK
+    size = _TRAINED_BLOCK if block_size is None else block_size
     return Recipe(mode, block_size=size, head_bits=head_bits, projection=projection)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from export.kv_cache import calibrate_cache
 from export.model import GPT
 from export.nbits import SCALES_SUFFIX
 from export.options import ConvertOptions
-from export.pipeline import convert, verify
+from export.pipeline import check_fidelity, convert, verify
 from export.reopen import load_bundle
 from export.runs import Run
 from gptrt.decoder import Decoder
 from gptrt.errors import CheckpointError, DataError, FidelityError, OptionError
-from gptrt.format import open_bundle, read_manifest
+from gptrt.format import Fidelity, Quantization, open_bundle, read_manifest
 from gptrt.tokenizer import Tokenizer
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
@@ -263,13 +264,33 @@ def test_an_existing_bundle_is_measured_as_it_was_when_it_was_made(
     assert verify(older, run.path, text_file, tokens=1000)[1].window == 24
 
 
+@pytest.mark.parametrize(
+    ("options", "ratio", "passes"),
+    [
+        (ConvertOptions(), 1.009, True),
+        (ConvertOptions(), 1.011, False),
+        (ConvertOptions(target_ratio=1.05), 1.03, True),
+        (ConvertOptions(target_ratio=1.001), 1.009, False),
+        (ConvertOptions(target_ratio=1.001, max_perplexity_ratio=1.02), 1.009, True),
+        (ConvertOptions(), float("nan"), False),
+    ],
+)
+def test_the_limit_is_what_was_asked_for_or_the_budget_or_that_of_the_mode(
+    options: ConvertOptions, ratio: float, passes: bool
+) -> None:
+    figures = {"tokens": 1000, "perplexity": 9.0, "perplexity_reference": 9.0, "kl": 0.0}
+    fidelity = Fidelity("text", **figures, perplexity_ratio=ratio, top1=1.0)  # type: ignore[arg-type]
+    stored = Quantization("int4", "gptq", 4, 4, 32, 4.5)
+    with nullcontext() if passes else pytest.raises(FidelityError):
+        check_fidelity(fidelity, stored, options.limit)
+
+
 def test_a_bundle_above_the_limit_fails_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     with pytest.raises(FidelityError, match="at most 0\\.5"):
         convert(run.path, out, ConvertOptions("int4", max_perplexity_ratio=0.5))
     assert list(tmp_path.iterdir()) == []
-    allowed = ConvertOptions("int4", max_perplexity_ratio=0.5, allow_loss=True)
-    convert(run.path, out, allowed)
+    convert(run.path, out, ConvertOptions("int4", allow_loss=True))
     assert open_bundle(out).manifest.quantization.mode == "int4"
 
 

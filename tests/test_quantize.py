@@ -196,6 +196,7 @@ def test_a_mixed_bundle_keeps_its_budget_and_shows_why(
     stored = read_manifest(out).quantization
     assert stored.method == f"{method}, mixed"
     assert stored.bits_per_weight <= 7.5
+    assert f"int{stored.bits}" == stored.mode
     assert {m.name for m in stored.matrices} >= {"wte.weight", "h.0.mlp.c_fc.weight"}
     assert all(m.name in result.stderr for m in stored.matrices)
     assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
@@ -407,6 +408,7 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time there was a king. " * 8)
     other = save_model(scrambled(GPT2_SHAPE))
+    odd = save_model(scrambled(replace(LLAMA_SHAPE, head_dim=20)))  # its heads are padded
     out = tmp_path / "bundle"
     for words, source, *options in (
         (["--bits-per-weight"], run.path, "--bits-per-weight", 3),
@@ -428,7 +430,23 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
             *["--quantize", "int8"],
             *["--kv-cache", "int8"],
         ),
-        (["shape"], run.path, "--against", save_model(scrambled(replace(GPT2_SHAPE, n_layer=1)))),
+        (["--bits-per-weight"], odd, "--bits-per-weight", 5, "--verify-text", text_file),
+        (["--bits-per-weight"], run.path, "--bits-per-weight", "nan"),
+        (["--target-ratio"], run.path, "--target-ratio", "nan"),
+        (["--target-ratio"], run.path, "--target-ratio", "inf"),
+        (["--max-perplexity-ratio"], run.path, "--max-perplexity-ratio", "nan"),
+        (["--max-perplexity-ratio"], run.path, "--max-perplexity-ratio", 0),
+        (["--allow-loss"], run.path, "--max-perplexity-ratio", 1.1, "--allow-loss"),
+        (["block size"], run.path, "--block-size", 0),
+        (["bits"], run.path, "--head-bits", 0),
+        (["--window"], run.path, "--window", 0),
+        (["--calibration-text"], run.path, "--quantize", "int8", "--calibration-text", text_file),
+        (
+            ["n_layer 1, not 2"],
+            run.path,
+            "--against",
+            save_model(scrambled(replace(GPT2_SHAPE, n_layer=1))),
+        ),
     ):
         result = run_cli(gptrt_export, "convert", source, "--out", out, *options)
         assert result.exit_code == 2, (options, result.output)
@@ -436,11 +454,16 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
         assert len(lines) == 1, lines  # no step was begun
         assert all(word in lines[-1] for word in words), (words, lines)
         assert not out.exists()
-    result = run_cli(
-        gptrt_export, "train", "--preset", "nano-char", "--data", text_file, "--quantize", "int4",
-        "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert_refused(result, "--from")
+    for word, *options in (
+        ("--from", "--quantize", "int4"),
+        ("block size", "--quantize", "int4", "--block-size", 0),
+        ("--quantize", "--block-size", 0),
+    ):
+        result = run_cli(
+            gptrt_export, "train", "--preset", "nano-char", "--data", text_file, *options,
+            "--out", tmp_path / "run",
+        )  # fmt: skip
+        assert_refused(result, word)
 
 
 def test_a_bundle_that_lost_too_much_ends_with_1_and_is_not_written(
@@ -451,6 +474,6 @@ def test_a_bundle_that_lost_too_much_ends_with_1_and_is_not_written(
     limit = ("--max-perplexity-ratio", 1.00001)
     assert run_cli(gptrt_export, *arguments, *limit).exit_code == 1
     assert not out.exists()
-    allowed = run_cli(gptrt_export, *arguments, *limit, "--allow-loss", "--json")
+    allowed = run_cli(gptrt_export, *arguments, "--allow-loss", "--json")
     assert allowed.exit_code == 0
     assert 0 <= json.loads(allowed.stdout)["greedy"] <= 1
