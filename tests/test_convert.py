@@ -395,6 +395,20 @@ def test_wrong_input_to_convert_is_refused_before_any_work(
         assert {path.name for path in tmp_path.iterdir()} == {"short.txt"}
 
 
+def test_wrong_input_to_verify_is_refused(
+    bundle: Path, run: Run, save_model: Callable[[GPT], Path], text_file: Path
+) -> None:
+    small = save_model(scrambled(replace(GPT2_SHAPE, n_layer=1)))
+    for word, source, *options in (
+        ("--window from 2 to 64", run.path, "--window", 65),
+        ("--max-perplexity-ratio", run.path, "--max-perplexity-ratio", "nan"),
+        ("verify: --text", save_model(scrambled(GPT2_SHAPE))),
+        ("n_layer 1, not 2", small, "--text", text_file),
+    ):
+        result = run_cli(gptrt_export, "verify", bundle, "--against", source, *options)
+        assert_refused(result, word)
+
+
 def test_output_that_cannot_be_written_is_refused(run: Run, tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
