@@ -64,8 +64,10 @@ def _matrices(manifest: Manifest) -> list[str]:
 
 def _fidelity(fidelity: Fidelity) -> str:
     greedy = "not measured" if fidelity.greedy is None else f"{fidelity.greedy:.1%}"
+    windows = "" if fidelity.window is None else f", in windows of {fidelity.window:,}"
     return (
-        f"Against the PyTorch model in fp32, on {fidelity.tokens:,} tokens of {fidelity.text}:\n\n"
+        f"Against the PyTorch model in fp32, on {fidelity.tokens:,} tokens of {fidelity.text}"
+        f"{windows}:\n\n"
         "| perplexity | of PyTorch fp32 | ratio | mean KL (nats) | top-1 agreement "
         "| greedy agreement |\n"
         "|---|---|---|---|---|---|\n"

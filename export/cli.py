@@ -21,6 +21,11 @@ _projection = click.option(
     default=None,
     help="Whether the vocabulary has a basis of its own, in which few bits lose less.",
 )
+_limit = click.option(
+    "--max-perplexity-ratio",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Fail above it.",
+)
 
 
 @click.group(name="gptrt-export", cls=OneLineErrors)
@@ -163,9 +168,9 @@ def presets(name: str | None) -> None:
 @click.option("--verify-text", type=PATH, help="Text to measure fidelity on.")
 @click.option("--verify-tokens", type=click.IntRange(min=2), help=_TOKENS)
 @click.option("--calibration-text", type=PATH, help="Other text, to correct rounding errors by.")
-@click.option("--window", type=int, help="Tokens in a row of either text: the context.")
+@click.option("--window", type=int, help="Tokens in a row of either text, at most the context.")
 @click.option("--against", type=PATH, help="Another checkpoint to be compared with.")
-@click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
+@_limit
 @click.option("--allow-loss", is_flag=True, help="Write the bundle even if fidelity fails.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
@@ -199,30 +204,35 @@ def convert(
 @main.command()
 @click.argument("bundle", type=PATH)
 @click.option("--against", required=True, type=PATH, help="The checkpoint it was made from.")
-@click.option("--text", required=True, type=PATH, help="Text to compare on.")
+@click.option("--text", type=PATH, help="Text to compare on; a run brings its own.")
 @click.option("--verify-tokens", type=click.IntRange(min=2), help=_TOKENS)
+@click.option("--window", type=int, help="Tokens in a row of it: as when the bundle was made.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
-@click.option("--max-perplexity-ratio", type=click.FloatRange(min=0), help="Fail above it.")
+@_limit
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def verify(
     bundle: Path,
     against: Path,
-    text: Path,
+    text: Path | None,
     verify_tokens: int | None,
+    window: int | None,
     device: Any,
     max_perplexity_ratio: float | None,
     as_json: bool,
 ) -> None:
     """Measure a bundle against its checkpoint, through the runtime.
 
-    gptrt-export verify bundles/nano --against runs/nano --text input.txt
+    gptrt-export verify bundles/nano --against runs/nano
+    gptrt-export verify bundles/gpt2 --against openai-community/gpt2 --text input.txt
     """
     from . import pipeline
     from .hub import local_checkpoint
+    from .options import check_above
 
+    check_above("--max-perplexity-ratio", max_perplexity_ratio, 0)
     against = local_checkpoint(against)
     manifest, fidelity = pipeline.verify(
-        *(bundle, against, text, say), tokens=verify_tokens, device=device
+        *(bundle, against, text, say), tokens=verify_tokens, window=window, device=device
     )
     report(pipeline.summary(bundle, manifest, fidelity), as_json)
-    pipeline.check_fidelity(fidelity, manifest.quantization.mode, max_perplexity_ratio)
+    pipeline.check_fidelity(fidelity, manifest.quantization, max_perplexity_ratio)

@@ -53,11 +53,15 @@ class _Observer(CausalAttention):
 
 
 @torch.no_grad()
-def calibrate_cache(model: GPT, ids: NDArray[np.uint32]) -> list[CacheScales]:
-    """The scales of every layer, from the first tokens of `ids`, in windows of the context."""
+def calibrate_cache(
+    model: GPT, ids: NDArray[np.uint32], window: int | None = None
+) -> list[CacheScales]:
+    """The scales of every layer, from the first tokens of `ids`, in windows of `window` tokens, or
+    of the context: keys differ with their positions."""
     observer = _Observer(model)
-    length = min(model.config.n_positions, len(ids) - 1)
-    count = max(1, min(CALIBRATION_TOKENS, len(ids) - 1) // length)
+    read = min(CALIBRATION_TOKENS, len(ids) - 1)
+    length = min(window or model.config.n_positions, read)
+    count = read // length
     for windows in in_order(ids[: count * length + 1], length, 1):
         model.hidden(torch.from_numpy(windows[:, :-1]), attend=observer)
     scales = (observer.largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)

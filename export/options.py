@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ _RECIPE = ("method", "block_size", "head_bits", "symmetric", "projection")
 class ConvertOptions:
     """None leaves a choice to the exporter: `mode` to what the model was trained for, int4 if
     nothing, method, head and blocks to what loses least in a mode, `max_perplexity_ratio` to
-    `LIMITS`.
+    `target_ratio` or `LIMITS`.
 
     `bits_per_weight` or `target_ratio` is a budget, in bits over all parameters or in perplexity:
     with one of them every matrix gets bits and block of its own, by measured damage, and is rounded
@@ -45,7 +46,7 @@ class ConvertOptions:
     verify_text: Path | None = None
     calibration_text: Path | None = None
     verify_tokens: int = DEFAULT_TOKENS
-    window: int | None = None  # tokens in a row, of either text: the context, if not given
+    window: int | None = None  # tokens in a row, of either text: as many as fit, if not given
     against: Path | None = None
     via: Via | None = None  # the library that builds the graph of what is not native
     max_perplexity_ratio: float | None = None
@@ -68,6 +69,12 @@ class ConvertOptions:
     @property
     def mixed(self) -> bool:
         return self.bits_per_weight is not None or self.target_ratio is not None
+
+    @property
+    def limit(self) -> float | None:
+        """The perplexity ratio above which a bundle is refused, if that is asked for."""
+        asked = self.max_perplexity_ratio
+        return self.target_ratio if asked is None else asked
 
     @property
     def text_files(self) -> TextFiles:
@@ -105,6 +112,14 @@ class ConvertOptions:
         """Raises OptionError for options that do not go together, before any work is done."""
         if self.via is not None:
             self._check_via()
+        check_above("--bits-per-weight", self.bits_per_weight, 0)
+        check_above("--target-ratio", self.target_ratio, 1)
+        check_above("--max-perplexity-ratio", self.max_perplexity_ratio, 0)
+        check_above("--verify-tokens", self.verify_tokens, 1)
+        if self.allow_loss and self.max_perplexity_ratio is not None:
+            raise OptionError(
+                "--max-perplexity-ratio or --allow-loss", found="both", do="leave one of them out"
+            )
         if self.kv_cache == "int8" and self.half:
             raise OptionError(
                 "--kv-cache int8 with activations in fp32",
@@ -156,15 +171,21 @@ class ConvertOptions:
             )
 
     def check_for(self, checkpoint: Checkpoint) -> None:
-        """Raises OptionError for what the model cannot be, likewise before any work."""
-        context = checkpoint.config.n_positions
-        if self.window is not None and not 2 <= self.window <= context:
-            raise OptionError(f"--window from 2 to {context}", found=f"{self.window}", do="correct")
+        """Raises OptionError for what the model cannot be, likewise before any work: a model whose
+        heads are those that the bundle will have."""
+        check_window(self.window, checkpoint.config.n_positions)
         if self.bits_per_weight is not None:
             projected = checkpoint.config.projected or self.projects(checkpoint)
             check_budget(replace(checkpoint.config, projected=projected), self.bits_per_weight)
         if checkpoint.rounding is not None:
             self._check_trained_for(mode_of(checkpoint.rounding.formats))
+        if self.calibration_text is not None and not self.needs_calibration(checkpoint):
+            raise OptionError(
+                "--calibration-text with what reads it: "
+                f"--method {' or '.join(BY_TEXT)}, a budget or --kv-cache int8",
+                found="none of them",
+                do="leave it out",
+            )
 
     def _check_trained_for(self, trained: str) -> None:
         if self.mode not in (None, trained) or self.mixed or self.own_recipe:
@@ -173,3 +194,15 @@ class ConvertOptions:
                 found=f"--quantize {self.mode}" if self.mode else "a recipe of its own",
                 do="leave all of that out, or convert what it was trained from",
             )
+
+
+def check_window(window: int | None, context: int) -> None:
+    """Raises OptionError."""
+    if window is not None and not 2 <= window <= context:
+        raise OptionError(f"--window from 2 to {context}", found=f"{window}", do="correct it")
+
+
+def check_above(option: str, value: float | None, least: float) -> None:
+    """Raises OptionError for what is not above `least`, or no number to compare with."""
+    if value is not None and not least < value < math.inf:
+        raise OptionError(f"{option} above {least}", found=f"{value}", do="correct it")

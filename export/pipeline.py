@@ -6,6 +6,7 @@ import copy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from gptrt.architecture import ForeignModel, ModelConfig
 from gptrt.engine import Device
@@ -14,7 +15,6 @@ from gptrt.format import (
     CARD_FILE,
     FORMAT_VERSION,
     MANIFEST_FILE,
-    TOKENIZER_FILE,
     Bundle,
     CacheLayout,
     Fidelity,
@@ -34,14 +34,13 @@ from .graph import build_graph
 from .heads import with_padded_heads
 from .hub import name_of
 from .kv_cache import calibrate_cache, quantize_cache
-from .model import GPT
 from .nbits import save_graph, store_matrices
-from .options import ConvertOptions
+from .options import ConvertOptions, check_window
 from .plots import plot_sensitivity
 from .runs import TEACHER_FOLDER
 from .storing import Step, silent_step, store
 from .texts import DEFAULT_TOKENS, TextFiles, Texts, choose_texts
-from .tokenization import ids_without_rows, load_tokenizer
+from .tokenization import ids_without_rows
 from .verify import Reference, golden_prompts, measure
 
 # Perplexity ratios above which a conversion fails.
@@ -83,7 +82,8 @@ def convert(source: Path, out: Path, options: ConvertOptions, step: Step = silen
 
 def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _Draft:
     """A model of ours: everything is refused before the first matrix is rounded."""
-    checkpoint = load_checkpoint(source)
+    original = load_checkpoint(source)
+    checkpoint = with_padded_heads(original)
     options.check_for(checkpoint)
     calibrate = options.needs_calibration(checkpoint)
     texts = choose_texts(
@@ -92,8 +92,9 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
         options.text_files,
         calibrate=checkpoint.config if calibrate else None,
     )
-    reference = _reference(source, checkpoint, options)
-    checkpoint = with_padded_heads(checkpoint)
+    other = _reference(source, original, options.against)
+    _refuse_other_shape(_shape_of(other.config), _shape_of(original.config))
+    reference = other.frozen()
     if options.projects(checkpoint):
         checkpoint = checkpoint.projected()
     model = checkpoint.alone().frozen()
@@ -104,7 +105,8 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     store_matrices(graph, stored.matrices)
     if options.kv_cache == "int8":
         assert texts.calibration is not None, "choose_texts has seen to it"
-        quantize_cache(graph.graph, calibrate_cache(model, texts.calibration))
+        scales = calibrate_cache(model, texts.calibration, options.window)
+        quantize_cache(graph.graph, scales)
     save_graph(graph, folder)
     if stored.options:
         plot_sensitivity(stored.options, stored.quantization.matrices, folder / _PICTURE_FILE)
@@ -122,9 +124,8 @@ def _fill_via(source: Path, folder: Path, options: ConvertOptions, step: Step) -
     """A model that another library builds."""
     assert options.via is not None
     recipe = options.recipe
-    config = via.read_config(source)
-    vocabulary = source / TOKENIZER_FILE
-    tokenizer = load_tokenizer(vocabulary) if vocabulary.is_file() else None
+    config, tokenizer = via.read_config(source), via.tokenizer_of(source)
+    check_window(options.window, via.context_of(config))
     texts = choose_texts(source, tokenizer, options.text_files)
     step(f"building the graph with {options.via}")
     graph = via.build(options.via, source)
@@ -145,23 +146,40 @@ def _fill_via(source: Path, folder: Path, options: ConvertOptions, step: Step) -
     return _Draft(model, cache, quantization, lineage, texts, via.reference_of(source))
 
 
-def _reference(source: Path, checkpoint: Checkpoint, options: ConvertOptions) -> GPT:
-    """What the bundle is to be: the checkpoint in fp32. One that was trained for its rounding is
-    compared with the model that it learned from, if the run has kept it."""
-    against = options.against
+def _reference(source: Path, checkpoint: Checkpoint, against: Path | None = None) -> Checkpoint:
+    """What a bundle is to be: the checkpoint at `source` in fp32, or that at `against`. One that
+    was trained for its rounding is compared with the model that it learned from, if the run has
+    kept it."""
     if against is None and checkpoint.rounding and (source / TEACHER_FOLDER).is_dir():
         against = source / TEACHER_FOLDER
     other = checkpoint if against is None else load_checkpoint(against)
-    _check_same_shape(other, checkpoint.config)
-    return other.alone().frozen()
+    return other.alone()
 
 
-def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig | ForeignModel) -> None:
-    known = config if isinstance(config, ForeignModel) else replace(config, projected=False)
-    if replace(checkpoint.config, projected=False) != known:
+def _foreign_reference(source: Path, model: ForeignModel) -> Reference:
+    config = via.read_config(source)
+    shape = {
+        "architecture": config["model_type"],
+        "vocab_size": config.get("vocab_size", model.vocab_size),
+        "n_positions": via.context_of(config),
+    }
+    _refuse_other_shape(shape, asdict(model))
+    return via.reference_of(source)
+
+
+def _shape_of(config: ModelConfig) -> dict[str, Any]:
+    """In whichever basis the vocabulary is."""
+    return asdict(replace(config, projected=False))
+
+
+def _refuse_other_shape(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    others = [
+        f"{key} {found[key]}, not {wanted[key]}" for key in found if found[key] != wanted[key]
+    ]
+    if others:
         raise CheckpointError(
             "the checkpoint that the bundle was made from",
-            found="another shape",
+            found=f"another shape: {'; '.join(others)}",
             do="check --against",
         )
 
@@ -169,23 +187,41 @@ def _check_same_shape(checkpoint: Checkpoint, config: ModelConfig | ForeignModel
 def verify(
     path: Path,
     against: Path,
-    text: Path,
+    text: Path | None = None,
     step: Step = silent_step,
     *,
     tokens: int | None = None,
+    window: int | None = None,
     device: Device = "cpu",
 ) -> tuple[Manifest, Fidelity]:
-    """Measure an existing bundle on a device against the checkpoint `against`, on the first
-    `tokens` of a text file."""
-    bundle, tokens = open_bundle(path), tokens or DEFAULT_TOKENS
-    checkpoint = with_padded_heads(load_checkpoint(against))
-    _check_same_shape(checkpoint, bundle.manifest.model)
-    texts = choose_texts(against, checkpoint.tokenizer, TextFiles(text, None, tokens))
+    """Measure an existing bundle on a device as a conversion of the checkpoint `against` would: on
+    the first `tokens` of a text file, or on what the run has held out, in windows as long as those
+    that the bundle was judged by, if not told."""
+    bundle, tokens = open_bundle(path), DEFAULT_TOKENS if tokens is None else tokens
+    model, promised = bundle.manifest.model, bundle.manifest.fidelity
+    check_window(window, model.n_positions)
+    if window is None and promised is not None:
+        window = promised.window
+    reference: Reference
+    if isinstance(model, ForeignModel):
+        tokenizer, reference = via.tokenizer_of(against), _foreign_reference(against, model)
+    else:
+        checkpoint = load_checkpoint(against)
+        other = with_padded_heads(_reference(against, checkpoint))
+        _refuse_other_shape(_shape_of(other.config), _shape_of(model))
+        tokenizer, reference = checkpoint.tokenizer, other.frozen()
+    texts = choose_texts(against, tokenizer, TextFiles(text, None, tokens))
     step("verifying against PyTorch")
-    decoder = open_decoder(bundle, device=device)
-    model = checkpoint.alone().frozen()
-    ids = texts.verify
-    return bundle.manifest, measure(decoder, model, ids, text=texts.name, tokens=tokens)
+    fidelity = measure(
+        open_decoder(bundle, device=device),
+        reference,
+        texts.verify,
+        text=texts.name,
+        tokens=tokens,
+        window=window,
+        examples=texts.examples,
+    )
+    return bundle.manifest, fidelity
 
 
 def summary(
@@ -254,7 +290,7 @@ def _promise(
         examples=texts.examples,
     )
     if not options.allow_loss:
-        check_fidelity(fidelity, manifest.quantization.mode, options.max_perplexity_ratio)
+        check_fidelity(fidelity, manifest.quantization, options.limit)
     promised = replace(manifest, fidelity=fidelity, golden=golden_prompts(decoder, texts.verify))
     card = bundle.path / CARD_FILE
     card.write_text(model_card(promised, _samples(bundle)), encoding="utf-8")
@@ -273,12 +309,16 @@ def _samples(bundle: Bundle) -> list[tuple[str, str]]:
             return []
 
 
-def check_fidelity(fidelity: Fidelity, mode: str, limit: float | None = None) -> None:
-    """Raises FidelityError if the perplexity ratio is above the limit."""
-    limit = limit or LIMITS[mode]
+def check_fidelity(
+    fidelity: Fidelity, quantization: Quantization, limit: float | None = None
+) -> None:
+    """Raises FidelityError if the perplexity ratio is above the limit: if none is given, that of
+    the mode, or of int4, which is among what a mixed bundle was chosen from."""
+    if limit is None:
+        limit = LIMITS["int4" if quantization.matrices else quantization.mode]
     if not fidelity.perplexity_ratio <= limit:  # NaN is above every limit
         raise FidelityError(
-            f"a perplexity ratio of at most {limit} for {mode}",
+            f"a perplexity ratio of at most {limit}",
             found=f"{fidelity.ratio} on {fidelity.tokens:,} tokens of {fidelity.text}",
-            do="use a smaller --block-size or more bits, or accept it with --allow-loss",
+            do="store more bits, by smaller blocks or another budget, or convert with --allow-loss",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -161,17 +161,20 @@ def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def average_bits(config: ModelConfig, formats: Mapping[str, BlockFormat]) -> float:
-    """Bits a weight over all parameters, scales included, vectors at their 32 bits. Projections are
-    no parameters of the model: their bits are borne by those that it has."""
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    """Bits a weight over all parameters, scales included, vectors at their 32 bits. Projections and
+    the zeros of padded heads are no parameters of the model: those that it has bear their bits."""
     shapes = matrix_shapes(config)
-    weights = sum(size for name, size in sizes.items() if name not in PROJECTIONS)
-    bits = 32.0 * sum(sizes.values())
+    own = replace(config, projected=False, head_dim=config.true_head_dim or config.head_dim)
+    bits = 32.0 * _count_parameters(config)
     for name, fmt in formats.items():
         rows, columns = shape_of(name, shapes[parameter_of(name)])
         bits += rows * columns * (fmt.bits_per_weight(columns) - 32)
-    return bits / weights
+    return bits / _count_parameters(own)
+
+
+def _count_parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
 
 
 def quantize_model(
@@ -205,13 +208,14 @@ def mode_of(formats: Formats) -> Mode:
 
 
 def describe(
-    mode: Mode, method: str, config: ModelConfig, formats: Formats, matrices: Table = ()
+    method: str, config: ModelConfig, formats: Formats, matrices: Table = ()
 ) -> Quantization:
-    """What the manifest says of it: bits and block of most weights, the rest by name."""
-    shapes = matrix_shapes(config)
+    """What the manifest says of it: the bits of most matrices, and the block that most weights of
+    these bits have; the rest by name."""
+    mode, shapes = mode_of(formats), matrix_shapes(config)
     sizes = {name: math.prod(shape_of(name, shapes[parameter_of(name)])) for name in formats}
     body = max(
-        (fmt for name, fmt in formats.items() if name.startswith("h.")),
+        (f for name, f in formats.items() if name.startswith("h.") and f.bits == BITS[mode]),
         key=lambda fmt: sum(sizes[n] for n, f in formats.items() if f == fmt),
     )
     head = parts_of(head_parameter(config), formats)

@@ -15,7 +15,7 @@ from .learned_rounding import MORE_TEXT
 from .model import GPT
 from .options import ConvertOptions
 from .progress import ProgressBar
-from .quantize import Matrices, describe, mode_of, quantize_model
+from .quantize import Matrices, describe, quantize_model
 from .rounding import Method
 from .sensitivity import (
     Options,
@@ -66,7 +66,7 @@ def store(
     if checkpoint.rounding is not None:
         formats = checkpoint.rounding.formats
         matrices = checkpoint.rounding.matrices()
-        return Stored(matrices, describe(mode_of(formats), "trained rounding", config, formats))
+        return Stored(matrices, describe("trained rounding", config, formats))
     if recipe is None:
         return Stored({}, _UNQUANTIZED[f"{options.mode}"])
     windows = None
@@ -83,7 +83,7 @@ def store(
         formats = recipe.formats(config)
         step(f"rounding to {recipe.mode}: {recipe.chosen_method}")
         matrices = quantize_model(model, formats, recipe.chosen_method, windows, bar.update)
-    return Stored(matrices, describe(recipe.mode, recipe.chosen_method, config, formats))
+    return Stored(matrices, describe(recipe.chosen_method, config, formats))
 
 
 def _store_mixed(
@@ -108,6 +108,4 @@ def _store_mixed(
     step(f"rounding as planned: {method}")
     matrices = quantize_model(model, formats, method, windows, bar.update)
     table = table_of(plan)
-    return Stored(
-        matrices, describe("int4", f"{method}, mixed", model.config, formats, table), found
-    )
+    return Stored(matrices, describe(f"{method}, mixed", model.config, formats, table), found)

@@ -79,7 +79,7 @@ def choose_texts(
         raise DataError(
             "text to verify on (a run folder brings its own)",
             found=f"a checkpoint without it, {source}",
-            do="give --verify-text FILE, text of the kind that the model is for",
+            do="give --verify-text FILE (verify: --text), text of the kind that the model is for",
         )
     if calibrate is None:
         return Texts(verify, name, None, examples)

@@ -23,6 +23,7 @@ Ids = NDArray[np.uint32]
 Reference = Callable[[Tensor], Tensor]  # ids [batch, length] -> logits [batch, length, vocab]
 
 _LOGITS_BYTES = 64 << 20  # of one batch of windows
+_WINDOW_BYTES = 256 << 20  # of one window, if not told: five times as much is in use at once
 _READ_FOR_ANSWERS = 4  # tokens read for each that is to be judged: answers are short
 _GREEDY_PROMPTS, _GREEDY_PROMPT, _GREEDY_LENGTH = 16, 32, 32
 _GOLDEN_PROMPT, _GOLDEN_LENGTH, _GOLDEN_COUNT = 16, 32, 3
@@ -42,14 +43,17 @@ def measure(
 ) -> Fidelity:
     """Perplexities, mean KL divergence and top-1 agreement over the first `tokens` of `ids`.
 
-    Windows of `window` ids, or of the whole context, none overlapping; every position of a window
-    predicts the next id. Where `ids` are `examples` of a task, each is read alone and its answer is
-    what counts. Raises DataError if there are less than two ids.
+    Windows of `window` ids, none overlapping, or of the whole context where logits of that many
+    fit in memory; every position of a window predicts the next id. Where `ids` are `examples` of a
+    task, each is read alone and its answer is what counts. Raises DataError if there are less than
+    two ids.
     """
     if len(ids) < 2:
         raise DataError("text of two tokens or more", found=f"{len(ids)}", do="give a longer text")
-    length = min(window or decoder.context, len(ids) - 1)
-    read = max(1, min(tokens, len(ids) - 1) // length) * length
+    if window is None:
+        window = min(decoder.context, _WINDOW_BYTES // (4 * decoder.vocab_size))
+    length = min(window, tokens, len(ids) - 1)
+    read = min(tokens, len(ids) - 1) // length * length
     row = length if examples is None else max(examples.lengths)
     size = max(1, _LOGITS_BYTES // (4 * row * decoder.vocab_size))
     batches: Iterator[Batch] = (
@@ -74,6 +78,7 @@ def measure(
         top1=float(agree),
         greedy=greedy_agreement(decoder, model, ids[:read]),
         ratio_error=ratio * math.sqrt(variance / max(1, predicted - 1)),
+        window=length if examples is None else None,
     )
 
 

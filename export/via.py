@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx_ir as ir
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptrt.architecture import ForeignModel
@@ -38,7 +39,7 @@ from .checkpoint import write_json
 from .nbits import products
 from .quantize import Recipe
 from .rounding import DATA_FREE, Method
-from .tokenization import SpecialIds, read_special_ids
+from .tokenization import SpecialIds, load_tokenizer, read_special_ids
 
 Via = Literal["mobius", "optimum"]
 VIAS: tuple[Via, ...] = get_args(Via)
@@ -232,7 +233,7 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def describe_model(config: dict[str, Any], graph: ir.Graph, via: Via) -> ForeignModel:
+def context_of(config: dict[str, Any]) -> int:
     """Raises CheckpointError if it is not known how long a context is."""
     context = next((config[key] for key in _CONTEXTS if key in config), None)
     if type(context) is not int or context < 1:
@@ -241,6 +242,18 @@ def describe_model(config: dict[str, Any], graph: ir.Graph, via: Via) -> Foreign
             found=repr(context),
             do="write it there: some architectures have no limit of their own",
         )
+    return context
+
+
+def tokenizer_of(source: Path) -> Tokenizer | None:
+    """None where there is none."""
+    vocabulary = source / TOKENIZER_FILE
+    return load_tokenizer(vocabulary) if vocabulary.is_file() else None
+
+
+def describe_model(config: dict[str, Any], graph: ir.Graph, via: Via) -> ForeignModel:
+    """Raises CheckpointError if it is not known how long a context is."""
+    context = context_of(config)
     logits = next(value for value in graph.outputs if value.name == "logits")
     size = logits.shape[-1] if logits.shape is not None else None
     vocabulary = size if isinstance(size, int) else config.get("vocab_size", 0)

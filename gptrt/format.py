@@ -109,7 +109,8 @@ class Fidelity:
     `kl` is the mean over positions of KL(reference || bundle) in nats; `top1` the share of
     positions where both have the same most likely token; `greedy` the share of tokens before both
     differ, when both continue the same prompts greedily; `ratio_error` the standard error of the
-    perplexity ratio, over positions. None: an older bundle did not measure it.
+    perplexity ratio, over positions; `window` how many tokens were read in a row, None where
+    answers of examples were judged. None: an older bundle did not measure it.
     """
 
     text: str
@@ -121,6 +122,7 @@ class Fidelity:
     top1: float = bounded(0.0, 1.0)
     greedy: float | None = bounded(0.0, 1.0, default=None)
     ratio_error: float | None = bounded(0.0, 1e30, default=None)
+    window: int | None = bounded(1, MAX_COUNT, default=None)
 
     @property
     def ratio(self) -> str:

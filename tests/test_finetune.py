@@ -46,7 +46,7 @@ from export.lora import (
 from export.loss import IGNORED
 from export.model import GPT, CausalAttention
 from export.options import ConvertOptions
-from export.pipeline import convert
+from export.pipeline import convert, verify
 from export.progress import ProgressBar
 from export.runs import Run, create_run, open_run
 from export.tokenization import SpecialIds
@@ -409,6 +409,7 @@ def test_a_bundle_is_judged_by_the_answers_that_the_run_validated_by(
     """The loss that training wrote down, to the digit, is that of the same answers."""
     fidelity = convert(tuned.path, tmp_path / "bundle", ConvertOptions("none")).fidelity
     assert fidelity is not None and "answers" in fidelity.text
+    assert verify(tmp_path / "bundle", tuned.path)[1] == fidelity
     log = map(json.loads, (tuned.path / "log.jsonl").read_text().splitlines())
     logged = {line["step"]: line["perplexity"] for line in log if "perplexity" in line}
     best = int(resolve_checkpoint(tuned.path).name.removeprefix("step-"))

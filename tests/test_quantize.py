@@ -21,12 +21,13 @@ from export.calibration import correct_errors
 from export.checkpoint import load_checkpoint
 from export.cli import main as gptrt_export
 from export.data import open_ids, spread_windows
+from export.heads import with_padded_heads
 from export.learned_rounding import learn_rounding
 from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
 from export.options import ConvertOptions
 from export.parts import parameter_of, rows_of, split
-from export.pipeline import convert
+from export.pipeline import convert, verify
 from export.progress import silent
 from export.quantize import BY_TEXT, Recipe, average_bits, matrix_shapes, quantize_model
 from export.reopen import load_bundle
@@ -40,7 +41,7 @@ from export.vocabulary import RowCosts
 from gptrt.errors import OptionError
 from gptrt.format import read_manifest
 
-from .conftest import GPT2_SHAPE, assert_refused, run_cli, scrambled
+from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
 from .test_train import QUIET, losses
 
 WEIGHT = np.random.default_rng(0).standard_normal((24, 200)).astype(np.float32)
@@ -209,10 +210,22 @@ def test_a_mixed_bundle_keeps_its_budget_and_shows_why(
     stored = read_manifest(out).quantization
     assert stored.method == f"{method}, mixed"
     assert stored.bits_per_weight <= 7.5
+    assert f"int{stored.bits}" == stored.mode
     assert {m.name for m in stored.matrices} >= {"wte.weight", "h.0.mlp.c_fc.weight"}
     assert all(m.name in result.stderr for m in stored.matrices)
     assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert "sensitivity.png" in (out / "README.md").read_text()
+
+
+def test_the_zeros_of_padded_heads_are_no_weights(save_model: Callable[[GPT], Path]) -> None:
+    checkpoint = load_checkpoint(save_model(scrambled(replace(LLAMA_SHAPE, head_dim=20))))
+    padded = with_padded_heads(checkpoint)
+    formats = Recipe("int4", block_size=32, head_bits=4).formats(padded.config)
+    model = padded.frozen()
+    stored = sum(matrix.nbytes for matrix in quantize_model(model, formats, "nearest").values())
+    stored += sum(4 * p.numel() for p in model.parameters() if p.ndim == 1)
+    weights = sum(p.numel() for p in checkpoint.frozen().parameters())
+    assert average_bits(padded.config, formats) == pytest.approx(8 * stored / weights, rel=1e-3)
 
 
 def test_calibration_and_verification_never_share_text(
@@ -332,7 +345,7 @@ def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
         tmp_path / "same",
         ConvertOptions("int4", allow_loss=True, against=run.path),
     )
-    assert manifest.fidelity == own.fidelity
+    assert manifest.fidelity == own.fidelity == verify(out, made.path)[1]
     assert teacher.rounding is None
     for other in (("--quantize", "int8"), ("--asymmetric",), ("--bits-per-weight", 8)):
         result = run_cli(gptrt_export, "convert", made.path, "--out", tmp_path / "x", *other)
@@ -409,6 +422,7 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time there was a king. " * 8)
     other = save_model(scrambled(GPT2_SHAPE))
+    odd = save_model(scrambled(replace(LLAMA_SHAPE, head_dim=20)))  # its heads are padded
     out = tmp_path / "bundle"
     for words, source, *options in (
         (["--bits-per-weight"], run.path, "--bits-per-weight", 3),
@@ -430,7 +444,23 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
             *["--quantize", "int8"],
             *["--kv-cache", "int8"],
         ),
-        (["shape"], run.path, "--against", save_model(scrambled(replace(GPT2_SHAPE, n_layer=1)))),
+        (["--bits-per-weight"], odd, "--bits-per-weight", 5, "--verify-text", text_file),
+        (["--bits-per-weight"], run.path, "--bits-per-weight", "nan"),
+        (["--target-ratio"], run.path, "--target-ratio", "nan"),
+        (["--target-ratio"], run.path, "--target-ratio", "inf"),
+        (["--max-perplexity-ratio"], run.path, "--max-perplexity-ratio", "nan"),
+        (["--max-perplexity-ratio"], run.path, "--max-perplexity-ratio", 0),
+        (["--allow-loss"], run.path, "--max-perplexity-ratio", 1.1, "--allow-loss"),
+        (["block size"], run.path, "--block-size", 0),
+        (["bits"], run.path, "--head-bits", 0),
+        (["--window"], run.path, "--window", 0),
+        (["--calibration-text"], run.path, "--quantize", "int8", "--calibration-text", text_file),
+        (
+            ["n_layer 1, not 2"],
+            run.path,
+            "--against",
+            save_model(scrambled(replace(GPT2_SHAPE, n_layer=1))),
+        ),
     ):
         result = run_cli(gptrt_export, "convert", source, "--out", out, *options)
         assert result.exit_code == 2, (options, result.output)
@@ -438,11 +468,16 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
         assert len(lines) == 1, lines  # no step was begun
         assert all(word in lines[-1] for word in words), (words, lines)
         assert not out.exists()
-    result = run_cli(
-        gptrt_export, "train", "--preset", "nano-char", "--data", text_file, "--quantize", "int4",
-        "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert_refused(result, "--from")
+    for word, *options in (
+        ("--from", "--quantize", "int4"),
+        ("block size", "--quantize", "int4", "--block-size", 0),
+        ("--quantize", "--block-size", 0),
+    ):
+        result = run_cli(
+            gptrt_export, "train", "--preset", "nano-char", "--data", text_file, *options,
+            "--out", tmp_path / "run",
+        )  # fmt: skip
+        assert_refused(result, word)
 
 
 def test_a_bundle_that_lost_too_much_ends_with_1_and_is_not_written(
@@ -453,6 +488,6 @@ def test_a_bundle_that_lost_too_much_ends_with_1_and_is_not_written(
     limit = ("--max-perplexity-ratio", 1.00001)
     assert run_cli(gptrt_export, *arguments, *limit).exit_code == 1
     assert not out.exists()
-    allowed = run_cli(gptrt_export, *arguments, *limit, "--allow-loss", "--json")
+    allowed = run_cli(gptrt_export, *arguments, "--allow-loss", "--json")
     assert allowed.exit_code == 0
     assert 0 <= json.loads(allowed.stdout)["greedy"] <= 1

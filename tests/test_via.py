@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 
 from export import via
 from export.cli import main as gptrt_export
+from export.model import GPT
+from export.pipeline import verify
 from export.reopen import load_bundle
 from export.runs import Run
 from export.tokenization import TokenizerConfig, train_tokenizer
@@ -22,7 +25,7 @@ from gptrt.errors import CheckpointError
 from gptrt.format import open_bundle, read_manifest
 from gptrt.generator import Generator, open_decoder
 
-from .conftest import assert_refused, run_cli, story
+from .conftest import LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
 
 transformers = pytest.importorskip("transformers", reason="the reference implementation")
 
@@ -172,7 +175,12 @@ def theirs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("mode", "bits"), [("none", 32.0), ("int4", 8.0)])
 def test_a_graph_of_another_library_is_rounded_judged_and_run(
-    mode: str, bits: float, theirs: Path, text_file: Path, tmp_path: Path
+    mode: str,
+    bits: float,
+    theirs: Path,
+    save_model: Callable[[GPT], Path],
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "bundle"
     (theirs / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -187,6 +195,9 @@ def test_a_graph_of_another_library_is_rounded_judged_and_run(
     assert manifest.quantization.bits_per_weight <= bits
     assert "mobius-onnx 0" in (out / "README.md").read_text()
     assert run_cli(gptrt, "verify", out).exit_code == 0
+    assert verify(out, theirs, text_file)[1] == manifest.fidelity
+    with pytest.raises(CheckpointError, match="architecture llama, not gpt2"):
+        verify(out, save_model(scrambled(LLAMA_SHAPE)), text_file)
     with pytest.raises(CheckpointError, match="a graph built by mobius-onnx 0"):
         load_bundle(out)
 
@@ -207,9 +218,14 @@ def test_an_unknown_architecture_names_the_two_ways(text_file: Path, tmp_path: P
     out = tmp_path / "bundle"
     result = run_cli(gptrt_export, "convert", source, "--out", out, "--verify-text", text_file)
     assert_refused(result, "'granite'", "--via mobius", "--via optimum", "pip install")
-    for option in (("--method", "gptq"), ("--kv-cache", "int8"), ("--quantize", "fp16")):
+    for word, *option in (
+        ("--via", "--method", "gptq"),
+        ("--via", "--kv-cache", "int8"),
+        ("--via", "--quantize", "fp16"),
+        ("--window", "--window", -5),
+    ):
         result = run_cli(gptrt_export, "convert", source, "--out", out, "--via", "mobius", *option)
-        assert_refused(result, "--via")
+        assert_refused(result, word)
     for library in via.VIAS:
         if find_spec(library) is None:
             result = run_cli(
