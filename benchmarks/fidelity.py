@@ -47,8 +47,6 @@ RECIPES: dict[str, list[str]] = {
     "int4, hqq": ["--method", "hqq"],
     "int2": ["--quantize", "int2"],
 }
-# No text corrects their errors: `convert` refuses to be given one for nothing.
-UNCALIBRATED = {"int8", "int4, nearest", "int4, k-quant", "int4, hqq"}
 
 
 def main() -> None:
@@ -64,7 +62,7 @@ def main() -> None:
         "--calibration-text": args.calibration_text,
         "--window": args.window,
     }
-    given = {key: str(value) for key, value in texts.items() if value}
+    given = [str(word) for key, value in texts.items() if value for word in (key, value)]
     print(
         f"{args.checkpoint.name}; {date.today()}; torch {version('torch')}, "
         f"onnxruntime {version('onnxruntime')}\n\n"
@@ -76,16 +74,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "bundle"
             try:
-                found = convert(args.checkpoint, out, [*RECIPES[name], *texts_for(name, given)])
+                found = convert(args.checkpoint, out, [*RECIPES[name], *given])
                 print(row(name, found, out), flush=True)
             except subprocess.CalledProcessError as e:  # a budget that this shape cannot keep
                 print(f"| {name} | {e.stderr.strip().splitlines()[-1]} |", flush=True)
-
-
-def texts_for(name: str, given: dict[str, str]) -> list[str]:
-    """Those that the recipe reads."""
-    read = (key for key in given if name not in UNCALIBRATED or key != "--calibration-text")
-    return [word for key in read for word in (key, given[key])]
 
 
 def convert(checkpoint: Path, out: Path, options: list[str]) -> dict[str, Any]:

@@ -116,10 +116,6 @@ class ConvertOptions:
         check_above("--target-ratio", self.target_ratio, 1)
         check_above("--max-perplexity-ratio", self.max_perplexity_ratio, 0)
         check_above("--verify-tokens", self.verify_tokens, 1)
-        if self.allow_loss and self.max_perplexity_ratio is not None:
-            raise OptionError(
-                "--max-perplexity-ratio or --allow-loss", found="both", do="leave one of them out"
-            )
         if self.kv_cache == "int8" and self.half:
             raise OptionError(
                 "--kv-cache int8 with activations in fp32",
@@ -179,13 +175,6 @@ class ConvertOptions:
             check_budget(replace(checkpoint.config, projected=projected), self.bits_per_weight)
         if checkpoint.rounding is not None:
             self._check_trained_for(mode_of(checkpoint.rounding.formats))
-        if self.calibration_text is not None and not self.needs_calibration(checkpoint):
-            raise OptionError(
-                "--calibration-text with what reads it: "
-                f"--method {' or '.join(BY_TEXT)}, a budget or --kv-cache int8",
-                found="none of them",
-                do="leave it out",
-            )
 
     def _check_trained_for(self, trained: str) -> None:
         if self.mode not in (None, trained) or self.mixed or self.own_recipe:

@@ -86,6 +86,8 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
     checkpoint = with_padded_heads(original)
     options.check_for(checkpoint)
     calibrate = options.needs_calibration(checkpoint)
+    if options.calibration_text is not None and not calibrate:
+        step(f"{options.calibration_text} is not read: nothing here is calibrated")
     texts = choose_texts(
         source,
         checkpoint.tokenizer,

@@ -450,11 +450,9 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
         (["--target-ratio"], run.path, "--target-ratio", "inf"),
         (["--max-perplexity-ratio"], run.path, "--max-perplexity-ratio", "nan"),
         (["--max-perplexity-ratio"], run.path, "--max-perplexity-ratio", 0),
-        (["--allow-loss"], run.path, "--max-perplexity-ratio", 1.1, "--allow-loss"),
         (["block size"], run.path, "--block-size", 0),
         (["bits"], run.path, "--head-bits", 0),
         (["--window"], run.path, "--window", 0),
-        (["--calibration-text"], run.path, "--quantize", "int8", "--calibration-text", text_file),
         (
             ["n_layer 1, not 2"],
             run.path,
@@ -488,6 +486,6 @@ def test_a_bundle_that_lost_too_much_ends_with_1_and_is_not_written(
     limit = ("--max-perplexity-ratio", 1.00001)
     assert run_cli(gptrt_export, *arguments, *limit).exit_code == 1
     assert not out.exists()
-    allowed = run_cli(gptrt_export, *arguments, "--allow-loss", "--json")
+    allowed = run_cli(gptrt_export, *arguments, *limit, "--allow-loss", "--json")
     assert allowed.exit_code == 0
     assert 0 <= json.loads(allowed.stdout)["greedy"] <= 1

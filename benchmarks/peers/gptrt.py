@@ -13,12 +13,10 @@ _TEXT = "It was the best of times, it was the worst of times.\n" * 40
 
 def build(checkpoint: Path, out: Path, settings: dict[str, Any]) -> None:
     """Through the command line, as users do. Without `calibration-text` weights are random, and no
-    text could correct their errors; where there are none to correct, it is left out."""
-    options = dict(settings)
-    if settings.get("quantize") in ("none", "fp16", "int8"):
-        options.pop("calibration-text", None)
-    elif "calibration-text" not in settings:
-        options = {"method": "nearest"} | options
+    text could correct their errors."""
+    rounded = settings.get("quantize") not in ("none", "fp16")
+    random = rounded and "calibration-text" not in settings
+    options = {"method": "nearest"} | settings if random else settings
     text = out.with_suffix(".txt")
     text.write_text(_TEXT)
     arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
