@@ -7,25 +7,19 @@ there still.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from gptrt.architecture import ModelConfig
 from gptrt.chat import ChatTemplate
-from gptrt.errors import CheckpointError, TargetError, first_line
+from gptrt.errors import CheckpointError, first_line
 from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
 from gptrt.schema import decode, read_json
 from gptrt.task import Task
@@ -33,6 +27,7 @@ from gptrt.task import Task
 from .families import family_for, family_named
 from .families.family import with_tied_head
 from .families.gpt2 import GPT2
+from .files import read_tensors, save_tensors, write_json, written_whole
 from .gguf_file import GgufFile, gguf_file
 from .gguf_vocabulary import read_chat_template, read_vocabulary, special_ids_of
 from .hub import name_of
@@ -268,22 +263,10 @@ def _read_task(folder: Path) -> Task | None:
 
 def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in _weight_files(folder):
-        yield from read_tensors(file)
-
-
-def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all in a file. Raises CheckpointError."""
-    if file.suffix != ".safetensors":
-        yield from ((k, v) for k, v in load_pickled(file).items() if isinstance(v, Tensor))
-        return
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                yield name, tensors.get_tensor(name)
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(
-            f"safetensors in {file}", found=str(e), do="the file is damaged: restore it"
-        ) from e
+        if file.suffix == ".safetensors":
+            yield from read_tensors(file)
+        else:
+            yield from ((k, v) for k, v in load_pickled(file).items() if isinstance(v, Tensor))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -375,85 +358,7 @@ def save_checkpoint(
             write_json(temporary / TASK_FILE, asdict(checkpoint.task))
         for name, content in (extra or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
-            write = save_tensors if name.endswith(".safetensors") else _write_json_to
-            write(content, temporary / name)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises TargetError where the disk does not take them."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as e:
-        raise TargetError(
-            f"to write {path}", found=first_line(e), do="see that the disk has room"
-        ) from e
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_json_to(value: Any, path: Path) -> None:
-    write_json(path, value)
-
-
-@contextmanager
-def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends well.
-
-    A folder that has come to stand there meanwhile is replaced only with `force`, one that is empty
-    in any case; of a link, what it points to. Raises TargetError.
-
-    Everything in it is flushed to disk before the rename; on an error it is removed. What a
-    killed process leaves behind has a name that starts with a dot and is never read.
-    """
-    target = Path(os.path.realpath(target))
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    missing = [folder for folder in target.parents if not folder.exists()]
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as e:
-        raise _not_written(target, e) from e
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        old = temporary.with_suffix(".old")
-        try:
-            if force and target.is_dir():
-                target.rename(old)
-            temporary.rename(target)  # fails, in one step, where there is more than an empty folder
-        except OSError as e:
-            raise _not_written(target, e) from e
-        shutil.rmtree(old, ignore_errors=True)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not target.exists():
-            for folder in missing:  # made for nothing; one that is not empty stays
-                with suppress(OSError):
-                    folder.rmdir()
-
-
-def _not_written(target: Path, error: OSError) -> TargetError:
-    return TargetError(
-        f"to write {target}", found=error.strerror or str(error), do="choose another place"
-    )
-
-
-def replace_json(path: Path, value: Any) -> None:
-    """Replace a small JSON file in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write_json(temporary, value)
-    _sync(temporary)
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            if name.endswith(".safetensors"):
+                save_tensors(content, temporary / name)
+            else:
+                write_json(temporary / name, content)

@@ -21,8 +21,8 @@ from gptrt.format import (
     POSITION_IDS,
 )
 
-from .checkpoint import write_json
 from .families import family_for
+from .files import write_json
 from .tokenization import SpecialIds, save_tokenizer
 
 

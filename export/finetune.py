@@ -25,7 +25,7 @@ from gptrt.generator import Generator
 from gptrt.tables import TEXT, Faults, Row, read_rows
 from gptrt.task import Kind, Task
 
-from .checkpoint import TASK_FILE, load_checkpoint, replace_json, resolve_checkpoint
+from .checkpoint import TASK_FILE, load_checkpoint, resolve_checkpoint
 from .evaluate import check, evaluate, spread
 from .examples import (
     ANSWER,
@@ -35,6 +35,7 @@ from .examples import (
     count_rows,
     longest_answer,
 )
+from .files import replace_json
 from .lora import LoraConfig
 from .model import GPT
 from .optimizer import OptimizerConfig

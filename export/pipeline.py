@@ -28,8 +28,9 @@ from gptrt.task import Task
 
 from . import via
 from .card import model_card
-from .checkpoint import Checkpoint, load_checkpoint, write_json, written_whole
+from .checkpoint import Checkpoint, load_checkpoint
 from .companions import write_companions
+from .files import write_json, written_whole
 from .graph import build_graph
 from .heads import with_padded_heads
 from .hub import name_of

@@ -36,18 +36,9 @@ from gptrt.task import Task
 
 from . import data
 from .calibration import correct_errors
-from .checkpoint import (
-    POINTER_FILE,
-    Checkpoint,
-    load_checkpoint,
-    read_tensors,
-    replace_json,
-    run_pointer,
-    save_checkpoint,
-    write_json,
-    written_whole,
-)
+from .checkpoint import POINTER_FILE, Checkpoint, load_checkpoint, run_pointer, save_checkpoint
 from .examples import ExamplePlan
+from .files import read_tensors, replace_json, write_json, written_whole
 from .lora import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,

@@ -35,7 +35,7 @@ from gptrt.format import (
 from gptrt.schema import read_json
 
 from .blocks import BlockFormat, BlockMatrix, Float
-from .checkpoint import write_json
+from .files import write_json
 from .nbits import products
 from .quantize import Recipe
 from .rounding import DATA_FREE, Method

@@ -14,17 +14,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from export.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    resolve_checkpoint,
-    save_checkpoint,
-    save_tensors,
-    write_json,
-)
+from export.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint, save_checkpoint
 from export.cli import main as gptrt_export
 from export.evaluate import evaluate
 from export.examples import Example, Examples, write_examples
+from export.files import save_tensors, write_json
 from export.finetune import (
     Tables,
     balanced_weights,
