@@ -41,7 +41,7 @@ class Traced:
     ) -> Any:
         del types
         if function not in _TRANSLATIONS:
-            raise NotImplementedError(f"a translation of {function} into ONNX nodes")
+            return NotImplemented  # for which PyTorch raises TypeError, with the function's name
         return _TRANSLATIONS[function](*args, **kwargs or {})
 
     @property
