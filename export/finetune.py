@@ -39,9 +39,14 @@ from .files import replace_json
 from .lora import LoraConfig
 from .model import GPT
 from .optimizer import OptimizerConfig
-from .reopen import load_checkpoint_or_bundle
 from .runs import DATA_FOLDER, Run, RunPlan, TrainConfig
-from .start import check_compiler, check_context, choose_device, with_settings
+from .start import (
+    check_compiler,
+    check_context,
+    choose_device,
+    load_checkpoint_or_bundle,
+    with_settings,
+)
 from .tokenization import TokenizerConfig
 from .torch_decoder import TorchDecoder, open_checkpoint_generator, tokenizer_of
 from .train import Metric

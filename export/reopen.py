@@ -21,14 +21,13 @@ from gptrt.format import (
     GENERATION_CONFIG_FILE,
     GRAPH_DATA_FILE,
     GRAPH_FILE,
-    MANIFEST_FILE,
     TOKENIZER_FILE,
     open_bundle,
 )
 from gptrt.schema import read_json
 
 from .blocks import BlockFormat, BlockMatrix, unpack
-from .checkpoint import Checkpoint, load_checkpoint
+from .checkpoint import Checkpoint
 from .graph import PARAMETER_PREFIX
 from .model import GPT
 from .nbits import PACKED_SUFFIX, SCALES_SUFFIX, ZEROS_SUFFIX, products
@@ -36,14 +35,6 @@ from .parts import parameter_of, parts_of
 from .tokenization import load_tokenizer, read_special_ids, special_ids
 
 _MATRIX_INPUT = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
-
-
-def load_checkpoint_or_bundle(path: Path) -> Checkpoint:
-    """What `--from` takes: a run, a Hugging Face folder, or a bundle of ours, made plain: what is
-    trained is kept as other software knows it."""
-    if not (path / MANIFEST_FILE).is_file():
-        return load_checkpoint(path)
-    return load_bundle(path).plain()
 
 
 def load_bundle(path: Path) -> Checkpoint:

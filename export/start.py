@@ -12,13 +12,14 @@ from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
 from gptrt.errors import DeviceError, OptionError
+from gptrt.format import MANIFEST_FILE
 from gptrt.schema import decode
 
+from .checkpoint import Checkpoint, load_checkpoint
 from .data import find_texts
 from .optimizer import OptimizerConfig
 from .presets import Preset, load_preset, preset_names
 from .quantize import Mode, Recipe
-from .reopen import load_checkpoint_or_bundle
 from .runs import RunPlan, TrainConfig
 from .tokenization import TokenizerConfig, open_tokenizer
 
@@ -82,6 +83,16 @@ def plan_run(
         device=on,
         recipe=recipe,
     )
+
+
+def load_checkpoint_or_bundle(path: Path) -> Checkpoint:
+    """What `--from` takes: a run, a Hugging Face folder, or a bundle of ours, made plain: what is
+    trained is kept as other software knows it."""
+    if not (path / MANIFEST_FILE).is_file():
+        return load_checkpoint(path)
+    from .reopen import load_bundle  # ONNX, which other checkpoints need not wait for
+
+    return load_bundle(path).plain()
 
 
 def recipe_to_train(

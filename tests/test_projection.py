@@ -18,9 +18,9 @@ from export.options import ConvertOptions
 from export.pipeline import convert
 from export.projection import PROJECTIONS
 from export.quantize import Recipe, average_bits, quantize_model
-from export.reopen import load_bundle, load_checkpoint_or_bundle
+from export.reopen import load_bundle
 from export.runs import Run, create_run, open_run
-from export.start import plan_run, recipe_to_train
+from export.start import load_checkpoint_or_bundle, plan_run, recipe_to_train
 from export.train import train
 from gptrt import Generator
 from gptrt.architecture import ModelConfig
