@@ -81,8 +81,8 @@ def into_readme(results: Results, text: str) -> str:
         found = (results.values(shape, entry.who, m, x) for _, m, x, _ in columns)
         cells = [f"{median(v):{c[3]}}" if v else "" for v, c in zip(found, columns, strict=True)]
         rows.append([entry.who, *cells, f"{entry.bytes / 1e6:.1f}"])
-    ours = f"{OURS.name} int4"
-    rounds = len(results.values(shape, ours, "decode"))
+    found = (results.by_round(shape, e.who, "decode") for e in results.entries_of(shape, "decode"))
+    rounds = max(map(len, found))
     versions = (f"{name} {number}" for v in results.versions.values() for name, number in v.items())
     lines = [
         f"{shape}, random weights, batch 1, {results.threads} threads of an {results.machine}; "

@@ -191,7 +191,7 @@ class Continuation:
     accepted: int = 0
 
     def __post_init__(self) -> None:
-        self.text = list(self.prompt)  # with all ids
+        self.text = list(self.prompt)  # and all ids: put together anew, each draft would copy it
 
     def end(self, reason: FinishReason) -> None:
         self.finish_reason, self.ended = reason, time.monotonic()

@@ -121,8 +121,7 @@ class Tokenizer:
         return _ByteStream(self) if isinstance(self._inner.decoder, ByteLevel) else _Window(self)
 
     def fallback_byte(self, token: int) -> bytes:
-        """What a token stands for that is a single byte, where there are no other ones for its
-        character; nothing for any other token."""
+        """The byte that a token like <0xE2> stands for; nothing for any other token."""
         name = self._inner.id_to_token(token)
         if name is None or not name.startswith("<0x"):
             return b""

@@ -20,6 +20,7 @@ from export.cli import main as gptrt_export
 from export.data import VALID_IDS, open_ids
 from export.runs import DATA_FOLDER, Run
 from gptrt.cli import main as gptrt
+from gptrt.config import GenerationConfig
 from gptrt.decoder import Decoder
 from gptrt.engine import import_onnxruntime
 from gptrt.format import open_bundle, read_manifest
@@ -351,6 +352,11 @@ def test_a_command_line_that_makes_no_sense_is_refused_with_the_way_to_help(
     bundle: Path, arguments: list[str], words: tuple[str, ...]
 ) -> None:
     assert_bad_usage(run_cli(gptrt, *(a.format(bundle) for a in arguments)), *words)
+
+
+def test_help_tells_the_defaults_of_the_library() -> None:
+    shown = " ".join(run_cli(gptrt, "generate", "--help").stdout.split())
+    assert f"default: {GenerationConfig().max_new_tokens}." in shown
 
 
 def test_a_bundle_alone_is_no_prompt(bundle: Path) -> None:
