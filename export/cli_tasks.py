@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @click.option("--data", multiple=True, type=PATH, help="Tables: .jsonl, .tsv, .csv, .txt.")
 @click.option("--valid", multiple=True, type=PATH, help="To validate by; else a share of --data.")
 @click.option("--test", multiple=True, type=PATH, help="To evaluate on; else a share of --data.")
-@click.option("--valid-share", type=click.FloatRange(0, 0.45), default=0.1, show_default=True)
-@click.option("--test-share", type=click.FloatRange(0, 0.45), default=0.1, show_default=True)
+@click.option("--valid-share", type=click.FloatRange(0, 0.45), help="Of --data; a tenth.")
+@click.option("--test-share", type=click.FloatRange(0, 0.45), help="Of --data; a tenth.")
 @click.option("--out", required=True, type=PATH, help="The run folder.")
 @click.option("--prompt", help="What stands before an answer, columns in braces.")
 @click.option(
@@ -55,8 +55,8 @@ def finetune(
     data: tuple[Path, ...],
     valid: tuple[Path, ...],
     test: tuple[Path, ...],
-    valid_share: float,
-    test_share: float,
+    valid_share: float | None,
+    test_share: float | None,
     out: Path,
     prompt: str | None,
     columns: tuple[str, ...],

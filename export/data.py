@@ -244,12 +244,11 @@ def _epoch_order(seed: int, epoch: int, count: int, slack: int) -> tuple[int, ND
 
 
 def in_order(
-    ids: NDArray[np.uint32], length: int, size: int, tokens: int = sys.maxsize
+    ids: NDArray[np.uint32], length: int, size: int, most: int = sys.maxsize
 ) -> Iterator[Ids]:
-    """Whole windows of `ids`, [up to size, length + 1] at a time: all, or from all over so many
-    full batches as hold `tokens`."""
+    """Whole windows of `ids`, [up to size, length + 1] at a time: all, or `most` from all over."""
     fitting = (len(ids) - 1) // length
-    count = min(fitting, size * -(-tokens // (length * size)))
+    count = min(fitting, most)
     starts = [n * fitting // count * length for n in range(count)]
     for first in range(0, count, size):
         windows = [ids[s : s + length + 1] for s in starts[first : first + size]]

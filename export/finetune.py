@@ -59,6 +59,7 @@ PROMPTS: dict[Kind, str] = {
     "summarization": "{text}\n\nSummary:",
 }
 _EPOCHS = 4
+_SHARE = 0.1  # of the examples, to validate by, and to test on
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Tables:
     """Where examples are. `data` is split, but for the parts that have tables of their own.
 
     `columns` names the column of a field of the prompt, or of the answer, where it is another.
-    `labels` are names for what stands in the answer's column: {"1": "positive"}.
+    `labels` are names for what stands in the answer's column: {"1": "positive"}. A share is a tenth
+    where none is given.
     """
 
     data: Sequence[Path]
@@ -74,8 +76,22 @@ class Tables:
     test: Sequence[Path] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    valid_share: float = 0.1
-    test_share: float = 0.1
+    valid_share: float | None = None
+    test_share: float | None = None
+
+    def shares(self) -> tuple[float, float]:
+        """Of `data`, to validate by and to test on; none of it where a part has tables of its own.
+        Raises OptionError where it has both."""
+        return (
+            _share("valid", self.valid, self.valid_share),
+            _share("test", self.test, self.test_share),
+        )
+
+
+def _share(part: str, own: Sequence[Path], share: float | None) -> float:
+    if own and share is not None:
+        raise OptionError(f"--{part} or --{part}-share", found="both", do="leave one of them out")
+    return 0.0 if own else _SHARE if share is None else share
 
 
 def plan_finetuning(
@@ -95,6 +111,7 @@ def plan_finetuning(
     that is not right."""
     if epochs is not None and not math.isfinite(epochs):
         raise OptionError("a number of --epochs", found=f"{epochs}", do="correct it")
+    valid_share, test_share = tables.shares()
     start = load_checkpoint_or_bundle(checkpoint)
     if start.rounding is not None:
         raise CheckpointError(
@@ -107,12 +124,10 @@ def plan_finetuning(
         read_examples(paths, task, tables) for paths in (tables.data, tables.valid, tables.test)
     )
     task = _with_labels(task, train)
-    left = 1.0
     if not tables.test:
-        test, train = split(train, tables.test_share)
-        left -= tables.test_share
+        test, train = split(train, test_share)
     if not tables.valid:  # so many that they are that share of all
-        valid, train = split(train, tables.valid_share / left)
+        valid, train = split(train, valid_share / (1.0 - test_share))
     for name, part in (("train on", train), ("validate by", valid)):
         if not part:
             raise DataError(f"examples to {name}", found="none", do="give more, or other shares")

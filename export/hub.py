@@ -8,10 +8,14 @@ from pathlib import Path
 from gptrt.errors import CheckpointError, DependencyError, first_line
 
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_FILES = (  # no other weights: some repositories have them once more for other software
+_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "model.safetensors.index.json"),
-    *("model.safetensors", "model-*.safetensors"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+# The first that are there, and no others: some repositories have them for other software too.
+_WEIGHTS = (
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
 )
 _SNAPSHOTS, _MODELS = "snapshots", "models--"  # of the hub's cache: models--NAME/snapshots/REVISION
 
@@ -35,22 +39,27 @@ def local_checkpoint(path: Path) -> Path:
             do="check the path, or pip install 'gptrt[hub]'",
         ) from e
     try:
-        folder = huggingface_hub.snapshot_download(
-            found["repository"], revision=found["revision"], allow_patterns=list(_FILES)
-        )
+        for weights in _WEIGHTS:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    found["repository"],
+                    revision=found["revision"],
+                    allow_patterns=[*_FILES, *weights],
+                )
+            )
+            if any(any(folder.glob(pattern)) for pattern in weights):
+                return folder
     except Exception as e:  # a dozen classes, from validation to the network
         raise CheckpointError(
             f"a checkpoint at {path}, in the hub's cache or on the hub",
             found=first_line(e),
             do="check the name and the network, or fetch it elsewhere and give its folder",
         ) from e
-    if not list(Path(folder).glob("*.safetensors")):
-        raise CheckpointError(
-            f"safetensors of {path}",
-            found=f"none in {folder}",
-            do="choose a repository or a revision that has them",
-        )
-    return Path(folder)
+    raise CheckpointError(
+        f"model.safetensors or pytorch_model.bin of {path}",
+        found=f"neither in {folder}",
+        do="choose a repository or a revision that has them",
+    )
 
 
 def name_of(folder: Path) -> str:

@@ -95,6 +95,8 @@ def _fill(source: Path, folder: Path, options: ConvertOptions, step: Step) -> _D
         options.text_files,
         calibrate=checkpoint.config if calibrate else None,
     )
+    if options.kv_cache != "int8":
+        _name_unread(options.window, texts, step)
     other = _reference(source, original, options.against)
     _refuse_other_shape(_shape_of(other.config), _shape_of(original.config))
     reference = other.frozen()
@@ -203,6 +205,7 @@ def verify(
     bundle, tokens = open_bundle(path), DEFAULT_TOKENS if tokens is None else tokens
     model, promised = bundle.manifest.model, bundle.manifest.fidelity
     check_window(window, model.n_positions)
+    asked = window
     if window is None and promised is not None:
         window = promised.window
     reference: Reference
@@ -214,6 +217,7 @@ def verify(
         _refuse_other_shape(_shape_of(other.config), _shape_of(model))
         tokenizer, reference = checkpoint.tokenizer, other.frozen()
     texts = choose_texts(against, tokenizer, TextFiles(text, None, tokens))
+    _name_unread(asked, texts, step)
     step("verifying against PyTorch")
     fidelity = measure(
         open_decoder(bundle, device=device),
@@ -225,6 +229,11 @@ def verify(
         examples=texts.examples,
     )
     return bundle.manifest, fidelity
+
+
+def _name_unread(window: int | None, texts: Texts, step: Step) -> None:
+    if window is not None and texts.examples is not None:
+        step("--window has no effect: examples are read one by one")
 
 
 def summary(

@@ -29,7 +29,10 @@ class Texts:
         return (Batch.whole(self.windows.batch(number, size)) for number in numbers)
 
     def in_order(self, size: int, tokens: int) -> Iterator[Batch]:
-        return map(Batch.whole, in_order(self.windows.ids, self.windows.length, size, tokens))
+        """Full batches that hold `tokens`, from all over the text."""
+        ids, length = self.windows.ids, self.windows.length
+        batches = -(-tokens // (length * size))
+        return map(Batch.whole, in_order(ids, length, size, batches * size))
 
 
 def open_sources(run: Run) -> tuple[Source, Source]:

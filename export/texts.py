@@ -55,8 +55,9 @@ def choose_texts(
     """The ids for a conversion of the checkpoint at `source`; `calibrate` is the shape of a model
     that is to be calibrated.
 
-    A run folder brings both: what it was trained on and what it has held out. A file to verify on
-    gives its first tokens, and its rest for calibration where no other is named. Raises DataError.
+    A run folder brings both: what it was trained on and what it has held out, to be read from all
+    over. A file to verify on gives its first tokens, and its rest for calibration where no other is
+    named. Raises DataError.
     """
     if tokenizer is None:
         raise CheckpointError(f"tokenizer.json in {source}", found="none", do="add the file")

@@ -41,7 +41,7 @@ def measure(
     window: int | None = None,
     examples: Examples | None = None,
 ) -> Fidelity:
-    """Perplexities, mean KL divergence and top-1 agreement over the first `tokens` of `ids`.
+    """Perplexities, mean KL divergence and top-1 agreement over `tokens` from all over `ids`.
 
     Windows of `window` ids, none overlapping, or of the whole context where logits of that many
     fit in memory; every position of a window predicts the next id. Where `ids` are `examples` of a
@@ -53,11 +53,10 @@ def measure(
     if window is None:
         window = min(decoder.context, _WINDOW_BYTES // (4 * decoder.vocab_size))
     length = min(window, tokens, len(ids) - 1)
-    read = min(tokens, len(ids) - 1) // length * length
     row = length if examples is None else max(examples.lengths)
     size = max(1, _LOGITS_BYTES // (4 * row * decoder.vocab_size))
     batches: Iterator[Batch] = (
-        map(Batch.whole, in_order(ids[: read + 1], length, size))
+        map(Batch.whole, in_order(ids, length, size, tokens // length))
         if examples is None
         else examples.one_by_one(_READ_FOR_ANSWERS * tokens, size)
     )
@@ -76,7 +75,7 @@ def measure(
         perplexity_ratio=ratio,
         kl=float(kl),
         top1=float(agree),
-        greedy=greedy_agreement(decoder, model, ids[:read]),
+        greedy=greedy_agreement(decoder, model, ids),
         ratio_error=ratio * math.sqrt(variance / max(1, predicted - 1)),
         window=length if examples is None else None,
     )

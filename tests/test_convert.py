@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,12 +17,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from numpy.typing import NDArray
 from tokenizers.processors import TemplateProcessing
 
 from export import kv_cache
 from export import verify as measuring
 from export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from export.cli import main as gptrt_export
+from export.data import open_ids, save_ids
 from export.graph import build_graph
 from export.kv_cache import calibrate_cache
 from export.model import GPT
@@ -280,6 +283,22 @@ def test_an_existing_bundle_is_measured_as_it_was_when_it_was_made(
     assert verify(older, run.path, text_file, tokens=1000)[1].window == 64
     monkeypatch.setattr(measuring, "_WINDOW_BYTES", 4 * 300 * 24)
     assert verify(older, run.path, text_file, tokens=1000)[1].window == 24
+
+
+def test_a_run_is_judged_by_text_from_all_over_what_it_has_held_out(
+    bundle: Path, run: Run, tmp_path: Path
+) -> None:
+    known = np.array(open_ids(run.valid_ids))[:1200]
+    strange = np.random.default_rng(0).permutation(known)
+    copied = tmp_path / "run"
+    shutil.copytree(run.path, copied)
+
+    def perplexity(*parts: NDArray[np.uint32]) -> float:
+        save_ids(np.concatenate(parts), open_run(copied).valid_ids)
+        return verify(bundle, copied, tokens=640)[1].perplexity
+
+    for mixed in (perplexity(known, strange), perplexity(strange, known)):
+        assert 1.1 * perplexity(known, known) < mixed < perplexity(strange, strange) / 1.1
 
 
 @pytest.mark.parametrize(

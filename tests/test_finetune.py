@@ -119,6 +119,8 @@ def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_p
             ("--prompt", "prompt_share"),
         ),
         (("--valid-share", 0), ("validate by",)),
+        (("--valid", "a.tsv", "--valid-share", 0.2), ("--valid or --valid-share", "both")),
+        (("--test", "a.tsv", "--test-share", 0.2), ("--test or --test-share", "both")),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -169,8 +171,9 @@ def test_shares_are_of_all_that_is_split(
     run: Run, reviews: Path, own_test: bool, parts: tuple[int, ...]
 ) -> None:
     test = [reviews] if own_test else []
+    share = None if own_test else 0.45
     tables = Tables(
-        *([reviews], (), test), columns={"answer": "label"}, valid_share=0.3, test_share=0.45
+        *([reviews], (), test), columns={"answer": "label"}, valid_share=0.3, test_share=share
     )
     found = plan_finetuning("classification", run.path, tables).examples
     assert found is not None

@@ -50,13 +50,21 @@ def test_a_name_is_found_in_the_cache(
     assert f"somebody/tiny@{REVISION}" in (tmp_path / "bundle" / "README.md").read_text()
 
 
+SAFETENSORS = {
+    *("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
+}
+PICKLED = {"pytorch_model.bin"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "others"), [(SAFETENSORS, PICKLED), (PICKLED, set())], ids=["both", "pickled"]
+)
 def test_what_is_fetched_is_the_model_once_and_its_chat_template(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: set[str], others: set[str]
 ) -> None:
-    parts = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
-    used = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} | parts
-    used |= {"vocab.json", "merges.txt"}
-    others = {"consolidated.safetensors", "original/x.safetensors", "pytorch_model.bin", "a.gguf"}
+    used = {"config.json", "tokenizer.json", "chat_template.jinja", "vocab.json", "merges.txt"}
+    used |= weights
+    others = others | {"consolidated.safetensors", "original/x.safetensors", "a.gguf"}
 
     def download(repository: str, *, allow_patterns: list[str], **_rest: object) -> str:
         assert repository == "somebody/large"
@@ -83,7 +91,7 @@ def test_a_name_that_is_nowhere_is_refused() -> None:
     assert_refused(result, "somebody/nothing", "network")
 
 
-def test_a_repository_without_safetensors_is_refused(
+def test_a_repository_without_weights_is_refused(
     cache: Path, save_model: Callable[[GPT], Path]
 ) -> None:
     folder = save_model(scrambled(GPT2_SHAPE))
