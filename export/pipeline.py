@@ -205,9 +205,6 @@ def verify(
     bundle, tokens = open_bundle(path), DEFAULT_TOKENS if tokens is None else tokens
     model, promised = bundle.manifest.model, bundle.manifest.fidelity
     check_window(window, model.n_positions)
-    asked = window
-    if window is None and promised is not None:
-        window = promised.window
     reference: Reference
     if isinstance(model, ForeignModel):
         tokenizer, reference = via.tokenizer_of(against), _foreign_reference(against, model)
@@ -217,7 +214,9 @@ def verify(
         _refuse_other_shape(_shape_of(other.config), _shape_of(model))
         tokenizer, reference = checkpoint.tokenizer, other.frozen()
     texts = choose_texts(against, tokenizer, TextFiles(text, None, tokens))
-    _name_unread(asked, texts, step)
+    _name_unread(window, texts, step)
+    if window is None and promised is not None:
+        window = promised.window
     step("verifying against PyTorch")
     fidelity = measure(
         open_decoder(bundle, device=device),
