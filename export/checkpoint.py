@@ -80,8 +80,7 @@ class Checkpoint:
 
     def frozen(self) -> GPT:
         """The model to compute with: its parameters are the checkpoint's own tensors, no copies."""
-        with torch.device("meta"):
-            model = GPT(self.config)
+        model = GPT.outline(self.config)
         model.load_state_dict(self.state, assign=True)
         if self.config.tied:
             model.lm_head.weight = model.wte.weight
@@ -301,8 +300,7 @@ def _checked_parts(
         name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    wanted = {name: tensor.shape for name, tensor in GPT.outline(config).state_dict().items()}
     faults = [f"{name} is missing" for name in wanted.keys() - state.keys()]
     faults += [
         f"{name} is unknown, its shape {list(state[name].shape)}"

@@ -85,8 +85,7 @@ def _shape(plan: RunPlan) -> ModelConfig:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """All of them, a tied matrix once; and without those of vocabulary and positions."""
-    with torch.device("meta"):
-        counts = {name: p.numel() for name, p in GPT(config).named_parameters()}
+    counts = {name: p.numel() for name, p in GPT.outline(config).named_parameters()}
     total = sum(counts.values())
     around = ("wte.weight", "wpe.weight", "lm_head.weight")
     return total, total - sum(counts.get(name, 0) for name in around)

@@ -234,8 +234,7 @@ class GgufFile:
 
         kind = next(kind for kind, own in gguf.MODEL_ARCH_NAMES.items() if own == name)
         names = gguf.get_tensor_name_map(kind, config.n_layer)
-        with torch.device("meta"):
-            wanted = family.to_tensors(config, dict(GPT(config).state_dict()))
+        wanted = family.to_tensors(config, dict(GPT.outline(config).state_dict()))
         rest = dict.fromkeys(self.tensors.keys() - {_FACTORS})
         state: State = {}
         for theirs in wanted:

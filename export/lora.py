@@ -159,8 +159,8 @@ def peft_config(config: ModelConfig, lora: LoraConfig, base: str) -> dict[str, A
 
 def _rows(config: ModelConfig, target: Target) -> int:
     """Of the matrix, its outputs."""
-    with torch.device("meta"):
-        return int(GPT(replace(config, n_layer=1)).get_parameter(f"h.0.{target}.weight").shape[0])
+    outline = GPT.outline(replace(config, n_layer=1))
+    return int(outline.get_parameter(f"h.0.{target}.weight").shape[0])
 
 
 def _is_turned(config: ModelConfig) -> bool:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gptrt.architecture import ModelConfig
 
@@ -136,6 +138,12 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         self._initialize()
 
+    @classmethod
+    def outline(cls, config: ModelConfig) -> GPT:
+        """Names and shapes alone: its parameters hold no numbers (PyTorch's meta device)."""
+        with torch.device("meta"), _Unfilled():
+            return cls(config)
+
     def forward(
         self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
@@ -144,17 +152,25 @@ class GPT(nn.Module):
         return logits
 
     def hidden(
-        self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        attend: Attend | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> Tensor:
         """What the head reads: [batch, seq, n_embd]. Positions count from 0 if not given."""
-        return self.to_head(self.states(self.embed(ids, positions), attend))
+        return self.to_head(self.states(self.embed(ids, positions), attend, outputs))
 
-    def states(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+    def states(
+        self, x: Tensor, attend: Attend | None = None, outputs: list[Tensor] | None = None
+    ) -> Tensor:
         """The last hidden states [batch, seq, n_embd], in the model's own basis, of what the first
-        block reads."""
+        block reads. To `outputs`, if given, is added what each block gives."""
         attend = attend or CausalAttention(self.config)
         for layer, block in enumerate(self.h):
             x = block(x, partial(attend, layer))
+            if outputs is not None:
+                outputs.append(x)
         normed: Tensor = self.ln_f(x)
         return normed
 
@@ -186,6 +202,17 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what fills parameters, which takes its time, and PyTorch's compiler, even where
+    there is nothing to fill."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class CausalAttention:

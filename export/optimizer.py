@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from gptrt.schema import bounded
 
 from .precision import product_dtype
 from .trained_rounding import POSITION_PREFIX, SCALE_PREFIX
+
+_EPSILON = 1e-8  # AdamW's
 
 
 @dataclass(frozen=True)
@@ -40,56 +43,85 @@ class OptimizerConfig:
     momentum: float = bounded(0.0, 1.0, default=0.95)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Parameters by name that learn alike, at the peak rate `lr`; `decay` of themselves shrinks at
+    every step of that rate."""
+
+    named: dict[str, nn.Parameter]
+    lr: float
+    decay: float
+
+
 class Optimizer:
-    """One or two PyTorch optimizers that step as one, their state kept by parameter name."""
+    """Both as one, their moments kept by the names of parameters.
+
+    The steps are PyTorch's, its optimizers are not: to make one imports its compiler first, which
+    takes as long as all the rest of PyTorch.
+    """
 
     def __init__(self, named: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
         """For parameters by name, a tied one once."""
-        matrices = {
-            n: p
-            for n, p in named.items()
-            if config.kind == "muon" and n[:2] == "h." and p.ndim == 2
-        }
+        by_muon = config.kind == "muon"
+        matrices = {n: p for n, p in named.items() if by_muon and n[:2] == "h." and p.ndim == 2}
         rest = {n: p for n, p in named.items() if n not in matrices}
-        self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
-        self._positions = [p for n, p in named.items() if n.startswith(POSITION_PREFIX)]
-        self._pull = config.position_pull
-        makers = ((_adamw, rest), (_muon, matrices))
-        self._parts = [make(part, config) for make, part in makers if part]
-        self._peaks = [[group["lr"] for group in part.param_groups] for part in self._parts]
+        self._config, self._named = config, named
+        self._muon = _Group(matrices, config.matrix_lr, config.weight_decay)
+        self._adamw = _adamw_groups(rest, config)
+        self._moments: dict[str, dict[str, Tensor]] = {}
 
+    @torch.no_grad()
     def step(self, scale: float) -> None:
         """One step at `scale` times the peak learning rates; gradients are cleared."""
-        for part, peaks in zip(self._parts, self._peaks, strict=True):
-            for group, peak in zip(part.param_groups, peaks, strict=True):
-                group["lr"] = peak * scale
-            part.step()
-            part.zero_grad(set_to_none=True)
-        if self._pull:
-            with torch.no_grad():
-                for positions in self._positions:
-                    positions.lerp_(positions.round(), self._pull * scale)
+        for name, matrix in self._muon.named.items():
+            if matrix.grad is not None:
+                rate, config = self._muon.lr * scale, self._config
+                moments = self._moments.setdefault(name, {})
+                muon(matrix, moments, rate, self._muon.decay, config.momentum)
+        for group in self._adamw:
+            self._step_adamw(group, group.lr * scale)
+        for name, parameter in self._named.items():
+            parameter.grad = None
+            if self._config.position_pull and name.startswith(POSITION_PREFIX):
+                parameter.lerp_(parameter.round(), self._config.position_pull * scale)
+
+    def _step_adamw(self, group: _Group, rate: float) -> None:
+        learning = {n: p for n, p in group.named.items() if p.grad is not None}
+        for name, parameter in learning.items():
+            if name not in self._moments:
+                self._moments[name] = _at_rest(parameter)
+        kept = [self._moments[name] for name in learning]
+        adamw(
+            list(learning.values()),
+            [p.grad for p in learning.values() if p.grad is not None],
+            [moments["exp_avg"] for moments in kept],
+            [moments["exp_avg_sq"] for moments in kept],
+            [],
+            [moments["step"] for moments in kept],
+            fused=True,
+            amsgrad=False,
+            beta1=self._config.beta1,
+            beta2=self._config.beta2,
+            lr=rate,
+            weight_decay=group.decay,
+            eps=_EPSILON,
+            maximize=False,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """All moments, flat: '<parameter>/<moment>' -> tensor."""
         return {
-            f"{self._names[parameter]}/{key}": torch.as_tensor(value)
-            for part in self._parts
-            for parameter, moments in part.state.items()
+            f"{name}/{key}": value
+            for name, moments in self._moments.items()
             for key, value in moments.items()
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what `state()` gave, for the same model and config."""
-        by_name: dict[str, dict[str, Tensor]] = {}
         for path, value in state.items():
             name, key = path.rsplit("/", 1)
-            by_name.setdefault(name, {})[key] = value
-        for part in self._parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    if moments := by_name.get(self._names[parameter]):
-                        part.state[parameter] = moments
+            if name in self._named:
+                self._moments.setdefault(name, {})[key] = value
 
 
 def rate_scale(step: int, share: float, warmup_steps: int, final: float = 0.0) -> float:
@@ -100,62 +132,44 @@ def rate_scale(step: int, share: float, warmup_steps: int, final: float = 0.0) -
     return warm * (final + (1.0 - final) * cosine)
 
 
-def _adamw(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _adamw_groups(named: dict[str, nn.Parameter], config: OptimizerConfig) -> list[_Group]:
     """Weight decay on matrices only: norms, biases and scales have no reason to shrink."""
     rates = {POSITION_PREFIX: config.position_lr, SCALE_PREFIX: config.scale_lr}
-    rest = [p for n, p in named.items() if not n.startswith(tuple(rates))]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    rest = {n: p for n, p in named.items() if not n.startswith(tuple(rates))}
+    groups = [
+        _Group({n: p for n, p in rest.items() if p.ndim >= 2}, config.lr, config.weight_decay),
+        _Group({n: p for n, p in rest.items() if p.ndim < 2}, config.lr, 0.0),
     ]
     for prefix, lr in rates.items():
-        own = [p for n, p in named.items() if n.startswith(prefix)]
-        groups.append({"params": own, "weight_decay": 0.0, "lr": lr})
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+        own = {n: p for n, p in named.items() if n.startswith(prefix)}
+        groups.append(_Group(own, lr, 0.0))
+    return [group for group in groups if group.named]
 
 
-def _muon(named: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    rates = {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
-    return Muon(list(named.values()), **rates, momentum=config.momentum)
+def _at_rest(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's moments before the first step."""
+    steps = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return averages | {"step": steps}
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal, for matrices.
+def muon(
+    matrix: Tensor, moments: dict[str, Tensor], lr: float, weight_decay: float, momentum: float
+) -> None:
+    """Momentum whose step is made orthogonal; `moments` are what the steps of `matrix` remember.
 
     As `torch.optim.Muon` computes it, except that the products are in the numbers in which this
     hardware multiplies fastest. There it is bfloat16 everywhere, which takes four times as long as
     float32 on processors without such instructions, and that is as long as all else in a step.
     """
-
-    def __init__(
-        self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float
-    ) -> None:
-        rates = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(matrices, rates)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        del closure  # of interest to other optimizers
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    self._step(matrix, group)
-
-    def _step(self, matrix: nn.Parameter, group: dict[str, Any]) -> None:
-        state, grad, momentum = self.state[matrix], matrix.grad, group["momentum"]
-        assert grad is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        update = orthogonal(grad.lerp(buffer, momentum))  # Nesterov's look ahead
-        rows, columns = matrix.shape
-        matrix.mul_(1 - group["lr"] * group["weight_decay"])
-        matrix.add_(update.to(matrix.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+    grad = matrix.grad
+    assert grad is not None
+    buffer = moments.setdefault("momentum_buffer", torch.zeros_like(grad))
+    buffer.lerp_(grad, 1 - momentum)
+    update = orthogonal(grad.lerp(buffer, momentum))  # Nesterov's look ahead
+    rows, columns = matrix.shape
+    matrix.mul_(1 - lr * weight_decay)
+    matrix.add_(update.to(matrix.dtype), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 # Of a polynomial of degree 5, so steep at zero that five steps bring nearly all singular values

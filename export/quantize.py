@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import torch
-
 from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
 from gptrt.format import Quantization, StoredMatrix
@@ -155,8 +153,7 @@ def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """[rows, columns] of every matrix of a model; a tied one bears the name of the embedding."""
-    with torch.device("meta"):
-        named = dict(GPT(config).named_parameters())
+    named = dict(GPT.outline(config).named_parameters())
     return {name: (p.shape[0], p.shape[1]) for name, p in named.items() if p.ndim == 2}
 
 
@@ -173,8 +170,7 @@ def average_bits(config: ModelConfig, formats: Mapping[str, BlockFormat]) -> flo
 
 
 def _count_parameters(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(config).parameters())
+    return sum(p.numel() for p in GPT.outline(config).parameters())
 
 
 def quantize_model(

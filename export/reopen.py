@@ -49,8 +49,7 @@ def load_bundle(path: Path) -> Checkpoint:
             do="fine-tune the checkpoint that it was made from",
         )
     graph = ir.load(bundle.file(GRAPH_FILE)).graph
-    with torch.device("meta"):
-        wanted = dict(GPT(model).named_parameters())
+    wanted = dict(GPT.outline(model).named_parameters())
     found = dict(_plain(graph)) | _joined(dict(_quantized(graph, wanted)))
     if "wte.weight" not in found:  # tied, it bears one of its two names
         found["wte.weight"] = found.pop("lm_head.weight", None)
