@@ -43,6 +43,7 @@ from .runs import DATA_FOLDER, Run, RunPlan, TrainConfig
 from .start import (
     check_compiler,
     check_context,
+    check_distillation,
     choose_device,
     load_checkpoint_or_bundle,
     with_settings,
@@ -140,6 +141,7 @@ def plan_finetuning(
     examples = ExamplePlan(task, train, valid, test, list(tables.data), weights)
     config = with_settings(task_training(start.config, lora), dict(settings or {}))
     check_context(config, start.config)
+    check_distillation(config, None)
     if config.prompt_share and not task.prompt:
         raise OptionError(
             "--prompt, whose loss prompt_share weighs", found="none", do="leave prompt_share out"

@@ -6,7 +6,7 @@ RUN/step-00000400/     checkpoints, each a Hugging Face folder plus the state of
 RUN/checkpoints.json   which of them is the best and which the last
 RUN/log.jsonl          one line a step (loss, lr, grad_norm, tok_s), one line an evaluation
 RUN/loss.png           the curves
-RUN/teacher/           with distillation, the checkpoint to learn from
+RUN/teacher/           with distillation, the checkpoint to learn from, what its states cost beside
 RUN/base/              with an adapter, the checkpoint that it adapts
 RUN/.lock              held by the process that trains
 """
@@ -37,8 +37,10 @@ from gptrt.task import Task
 from . import data
 from .calibration import correct_errors
 from .checkpoint import POINTER_FILE, Checkpoint, load_checkpoint, run_pointer, save_checkpoint
+from .distillation import save_costs, save_teacher
 from .examples import ExamplePlan
 from .files import read_tensors, replace_json, write_json, written_whole
+from .fisher import OutputCosts
 from .lora import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -58,7 +60,7 @@ from .tokenization import TokenizerConfig, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
-TEACHER_FOLDER, BASE_FOLDER, _LOCK_FILE = "teacher", "base", ".lock"
+BASE_FOLDER, _LOCK_FILE = "base", ".lock"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 _HELD_OUT = 0.1
 _START_TOKENS = 1 << 16  # of training text, to round by before training for rounding begins
@@ -89,6 +91,7 @@ class TrainConfig:
     compile: bool = False  # by torch.compile: for a card, and where there is a C++ compiler
     seed: int = bounded(0, 1 << 62, default=0)
     distill: float = bounded(0.0, 1e3, default=0.0)  # weight of KL(start || model) in the loss
+    distill_states: float = bounded(0.0, 1e3, default=0.0)  # times that: of what blocks give astray
     average: float = bounded(0.0, 0.999999, default=0.0)  # kept of the mean of weights; 0: no mean
     prompt_share: float = bounded(0.0, 1e3, default=0.0)  # of a task: weight of its prompts' loss
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -304,7 +307,7 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     run = Run(folder, config)
     write_json(folder / RUN_FILE, _as_json(config))
     if plan.train.distill and base is not None:
-        save_checkpoint(base.alone(), folder / TEACHER_FOLDER)
+        save_teacher(folder, base)
     rounding = base.rounding if base else None
     if plan.recipe is not None:
         rounding = _start_rounding(run, weights, plan.recipe, progress)
@@ -333,7 +336,11 @@ def _start_rounding(
     config, train = run.config.model, run.config.train
     windows = data.spread_windows(data.open_ids(run.train_ids), train.seq_len, _START_TOKENS)
     model = Checkpoint(config, weights, None, {}).model()
-    matrices = correct_errors(model, recipe.formats(config), windows, progress, by_row=True)
+    costs = OutputCosts.measure(model, windows, progress)
+    if train.distill * train.distill_states:
+        save_costs(run.path, costs.of_blocks())
+    formats = recipe.formats(config)
+    matrices = correct_errors(model, formats, windows, progress, by_row=True, costs=costs)
     return TrainedRounding.start(matrices, weights)
 
 

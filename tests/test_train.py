@@ -299,11 +299,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path) -> 
     assert process.returncode == 130
     assert f"gptrt-export train --resume --out {out}" in errors
     assert open_run(out).last()[2].step > 0
+    # It takes as long as the rest of PyTorch, and nothing here needs it.
+    assert "compiler imported: False" in errors
+
+
+TRAINING = """
+import sys
+from export.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("compiler imported:", "torch._dynamo" in sys.modules, file=sys.stderr)
+"""
 
 
 def start_training(out: Path, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    code = "import sys; from export.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "train", "--resume", "--out", str(out)]
+    command = [sys.executable, "-c", TRAINING, "train", "--resume", "--out", str(out)]
     return subprocess.Popen(command, cwd=ROOT, stderr=errors, text=True)
 
 
@@ -426,6 +437,7 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         ((*base, "--from", run.path, "--data", text_file, "--set", "seq_len=65"), "at most 64"),
         ((*base, *nano, "--data", text_file, "--set", "prompt_share=0.5"), "prompt_share"),
         ((*base, *nano, "--data", text_file, "--set", "optimizer.beta1=1"), "beta1"),
+        ((*base, *nano, "--data", text_file, "--set", "distill_states=1"), "--quantize"),
         ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
         ((*base, *nano, "--data", text_file, "--tokenizer", tmp_path), "tokenizer.json"),
         (("train", "--out", taken, *nano, "--data", text_file), "there already"),
