@@ -86,8 +86,8 @@ def train(
     gptrt-export train --from models/tales --data texts/ --quantize int4 --out runs/int4
     """
     from .hub import local_checkpoint
+    from .new_run import create_run
     from .progress import ProgressBar
-    from .runs import create_run
     from .start import plan_run, recipe_to_train
     from .training import resumed, train_to_end
 

@@ -82,8 +82,8 @@ def finetune(
     from .finetune import Tables, plan_finetuning, task_metric
     from .hub import local_checkpoint
     from .lora import lora_config
+    from .new_run import create_run
     from .progress import ProgressBar
-    from .runs import create_run
     from .training import resumed, train_to_end
 
     if resume:

@@ -32,11 +32,12 @@ from .checkpoint import Checkpoint, run_pointer
 from .data import open_ids, save_ids
 from .model import GPT
 from .needs import Data, Estimate, Speed
+from .new_run import RunPlan, create_run
 from .progress import ProgressBar
-from .runs import Run, RunPlan, create_run, tokens_per_step
+from .runs import Run, tokens_per_step
 from .scaling import LAW, RULE_OF_THUMB, cheapest_to_serve, effective_tokens
 from .start import plan_run
-from .train import Metric, Trainer
+from .trainer import Metric, Trainer
 
 T = TypeVar("T")
 

@@ -38,8 +38,9 @@ from .examples import (
 from .files import replace_json
 from .lora import LoraConfig
 from .model import GPT
+from .new_run import RunPlan
 from .optimizer import OptimizerConfig
-from .runs import DATA_FOLDER, Run, RunPlan, TrainConfig
+from .runs import DATA_FOLDER, Run, TrainConfig
 from .start import (
     check_compiler,
     check_context,
@@ -50,7 +51,7 @@ from .start import (
 )
 from .tokenization import TokenizerConfig
 from .torch_decoder import TorchDecoder, open_checkpoint_generator, tokenizer_of
-from .train import Metric
+from .trainer import Metric
 
 # The prompt of a task if none is given.
 PROMPTS: dict[Kind, str] = {

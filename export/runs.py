@@ -14,56 +14,31 @@ RUN/.lock              held by the process that trains
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
-from gptrt.errors import CheckpointError, OptionError, TargetError
+from gptrt.errors import CheckpointError, OptionError
 from gptrt.schema import bounded, decode, read_json
 from gptrt.target import lock
 from gptrt.task import Task
 
 from . import data
-from .calibration import correct_errors
 from .checkpoint import POINTER_FILE, Checkpoint, load_checkpoint, run_pointer, save_checkpoint
-from .distillation import save_costs, save_teacher
-from .examples import ExamplePlan
-from .files import read_tensors, replace_json, write_json, written_whole
-from .fisher import OutputCosts
-from .lora import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    ADAPTER_FOLDER,
-    LoraConfig,
-    adapt,
-    peft_config,
-    to_peft,
-)
+from .files import read_tensors, replace_json
+from .lora import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ADAPTER_FOLDER, LoraConfig, peft_config
 from .metrics import perplexity
-from .model import GPT
 from .optimizer import OptimizerConfig
-from .progress import Progress, silent
-from .projection import project
-from .quantize import Recipe
-from .tokenization import TokenizerConfig, special_ids, train_tokenizer
-from .trained_rounding import TrainedRounding
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
 BASE_FOLDER, _LOCK_FILE = "base", ".lock"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
-_HELD_OUT = 0.1
-_START_TOKENS = 1 << 16  # of training text, to round by before training for rounding begins
 
 
 @dataclass(frozen=True)
@@ -220,7 +195,7 @@ class Run:
         config = replace(self.config, train=train, device=device or self.config.device)
         if config != self.config:
             with self.alone():
-                replace_json(self.path / RUN_FILE, _as_json(config))
+                replace_json(self.path / RUN_FILE, as_json(config))
         return replace(self, config=config)
 
 
@@ -241,145 +216,11 @@ def open_run(path: Path) -> Run:
     return Run(path, config)
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """What a new run is to be.
-
-    `start` is a checkpoint to fine-tune, whose tokenizer is kept, or a shape to train from scratch,
-    with a tokenizer that is there or is to be learned. Without `held_out` texts, a tenth of every
-    text is held out.
-    """
-
-    train: TrainConfig
-    start: Checkpoint | ModelConfig
-    tokenizer: TokenizerConfig | Tokenizer
-    texts: list[Path]
-    held_out: list[Path]
-    device: Literal["cpu", "cuda"]
-    recipe: Recipe | None = None  # to train for the rounding of such a bundle
-    examples: ExamplePlan | None = None  # of a task, instead of texts
-    lora: LoraConfig | None = None
-
-
-def create_run(path: Path, plan: RunPlan, progress: Progress = silent) -> Run:
-    """Prepare data, tokenizer and the first checkpoint of a run at `path`, all of it or nothing.
-
-    Raises TargetError if something else is there already.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise TargetError(
-            f"a new or empty folder {path}",
-            found="something there already",
-            do="choose another --out, or go on with --resume",
-        )
-    with written_whole(path) as folder:
-        _fill(folder, plan, progress)
-    return open_run(path)
-
-
-def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
-    base = plan.start if isinstance(plan.start, Checkpoint) else None
-    tokenizer = base.tokenizer if base else _tokenizer(plan, progress)
-    if tokenizer is None:
-        raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
-    special = base.special if base else special_ids(tokenizer)
-    (folder / DATA_FOLDER).mkdir()
-    if plan.examples is not None:
-        length = plan.train.seq_len
-        counts = plan.examples.write(folder / DATA_FOLDER, tokenizer, special, length)
-    else:
-        counts = _write_data(folder / DATA_FOLDER, tokenizer, special.end, plan, progress)
-        for count in counts:
-            data.check_count(count, plan.train.seq_len)
-    if isinstance(plan.start, Checkpoint):
-        model, weights = plan.start.config, plan.start.state
-        if plan.recipe is not None and plan.recipe.projects(model):
-            model, weights = project(model, weights)
-    else:
-        model = replace(plan.start, vocab_size=tokenizer.get_vocab_size())
-        torch.manual_seed(plan.train.seed)
-        weights = GPT(model).state_dict()
-    lineage = _lineage(base, plan, counts)
-    task = plan.examples.task if plan.examples else base.task if base else None
-    config = RunConfig(model, plan.train, plan.device, lineage, base is not None, lora=plan.lora)
-    if plan.examples is not None:
-        config = replace(config, task=task, class_weights=plan.examples.class_weights)
-    run = Run(folder, config)
-    write_json(folder / RUN_FILE, _as_json(config))
-    if plan.train.distill and base is not None:
-        save_teacher(folder, base)
-    rounding = base.rounding if base else None
-    if plan.recipe is not None:
-        rounding = _start_rounding(run, weights, plan.recipe, progress)
-        weights = rounding.in_state(weights)
-    template = base.chat_template if base else None
-    first = Checkpoint(model, weights, tokenizer, {}, rounding, special, template, task)
-    adapter = None
-    if plan.lora is not None:
-        save_checkpoint(first.alone(), folder / BASE_FOLDER)
-        torch.manual_seed(plan.train.seed)
-        adapter = to_peft(model, adapt(first.model(), plan.lora))
-    run.save(first, {}, State(), best=True, adapter=adapter)
-
-
-def _as_json(config: RunConfig) -> Any:
+def as_json(config: RunConfig) -> Any:
     """As `run.json` has it. Raises OptionError for what `open_run` would not read back."""
     value = json.loads(json.dumps(asdict(config)))
     decode(RunConfig, value, error=OptionError, source="run", do="correct the option")
     return value
-
-
-def _start_rounding(
-    run: Run, weights: dict[str, torch.Tensor], recipe: Recipe, progress: Progress
-) -> TrainedRounding:
-    """Training for rounding begins where error correction ends."""
-    config, train = run.config.model, run.config.train
-    windows = data.spread_windows(data.open_ids(run.train_ids), train.seq_len, _START_TOKENS)
-    model = Checkpoint(config, weights, None, {}).model()
-    costs = OutputCosts.measure(model, windows, progress)
-    if train.distill * train.distill_states:
-        save_costs(run.path, costs.of_blocks())
-    formats = recipe.formats(config)
-    matrices = correct_errors(model, formats, windows, progress, by_row=True, costs=costs)
-    return TrainedRounding.start(matrices, weights)
-
-
-def _tokenizer(plan: RunPlan, progress: Progress) -> Tokenizer:
-    if isinstance(plan.tokenizer, Tokenizer):
-        return plan.tokenizer
-    pieces = data.read_all(plan.texts, progress, "learning a tokenizer")
-    return train_tokenizer(plan.tokenizer, pieces)
-
-
-def _write_data(
-    folder: Path, tokenizer: Tokenizer, end: int | None, plan: RunPlan, progress: Progress
-) -> tuple[int, int]:
-    """Token counts (train, valid); named validation files win over a share held out."""
-    train, valid = folder / data.TRAIN_IDS, folder / data.VALID_IDS
-    tokenize = partial(data.tokenize, tokenizer=tokenizer, end=end, progress=progress)
-    if plan.held_out:
-        trained, _ = tokenize(plan.texts, target=train)
-        return trained, tokenize(plan.held_out, target=valid)[0]
-    trained, tail = tokenize(plan.texts, target=train, held_out=_HELD_OUT)
-    data.save_ids(tail, valid)
-    return trained, len(tail)
-
-
-def _lineage(base: Checkpoint | None, plan: RunPlan, counts: tuple[int, int]) -> dict[str, str]:
-    texts = plan.examples.sources if plan.examples else plan.texts
-    names = [path.name for path in texts]
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    before = {f"base_{key}": value for key, value in base.lineage.items()} if base else {}
-    return before | {
-        "data": shown,
-        "train_tokens": str(counts[0]),
-        "valid_tokens": str(counts[1]),
-        "optimizer": plan.train.optimizer.kind,
-        "seed": str(plan.train.seed),
-        "started": datetime.now(UTC).date().isoformat(),
-        "torch": version("torch"),
-        "machine": platform.machine(),
-    }
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -17,10 +17,11 @@ from gptrt.schema import decode
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .data import find_texts
+from .new_run import RunPlan
 from .optimizer import OptimizerConfig
 from .presets import Preset, load_preset, preset_names
 from .quantize import Mode, Recipe
-from .runs import RunPlan, TrainConfig
+from .runs import TrainConfig
 from .tokenization import TokenizerConfig, open_tokenizer
 
 _FINE_TUNING_CONTEXT = 256

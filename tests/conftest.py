@@ -22,10 +22,11 @@ from export.checkpoint import Checkpoint, save_checkpoint
 from export.cli import main as gptrt_export
 from export.data import find_texts
 from export.model import GPT
+from export.new_run import RunPlan, create_run
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.progress import ProgressBar
-from export.runs import Run, RunPlan, TrainConfig, create_run
+from export.runs import Run, TrainConfig
 from export.tokenization import TokenizerConfig, special_ids, train_tokenizer
 from export.train import train
 from gptrt.architecture import ModelConfig

@@ -14,7 +14,8 @@ from export.data import open_ids, spread_windows
 from export.distillation import Teacher
 from export.fisher import OutputCosts
 from export.loss import Lesson, linear_cross_entropy, state_divergence
-from export.runs import Run, create_run
+from export.new_run import create_run
+from export.runs import Run
 from export.train import train
 
 from .conftest import assert_refused, run_cli

@@ -18,7 +18,7 @@ from export.model import GPT
 from export.needs import describe
 from export.runs import Run, tokens_per_step
 from export.scaling import LAW, Law, cheapest_to_serve, effective_tokens
-from export.train import Metric
+from export.trainer import Metric
 from gptrt.errors import OptionError, TrainingError
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli

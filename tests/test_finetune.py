@@ -39,10 +39,11 @@ from export.lora import (
 )
 from export.loss import IGNORED
 from export.model import GPT, CausalAttention
+from export.new_run import create_run
 from export.options import ConvertOptions
 from export.pipeline import convert, verify
 from export.progress import ProgressBar
-from export.runs import Run, create_run, open_run
+from export.runs import Run, open_run
 from export.tokenization import SpecialIds
 from export.torch_decoder import open_checkpoint_generator
 from export.train import train

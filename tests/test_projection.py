@@ -14,12 +14,13 @@ import torch
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.cli import main as gptrt_export
 from export.model import GPT
+from export.new_run import create_run
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.projection import PROJECTIONS
 from export.quantize import Recipe, average_bits, quantize_model
 from export.reopen import load_bundle
-from export.runs import Run, create_run, open_run
+from export.runs import Run, open_run
 from export.start import load_checkpoint_or_bundle, plan_run, recipe_to_train
 from export.train import train
 from gptrt import Generator

@@ -23,6 +23,7 @@ from export.data import open_ids, spread_windows
 from export.heads import with_padded_heads
 from export.learned_rounding import learn_rounding
 from export.model import GPT
+from export.new_run import create_run
 from export.options import ConvertOptions
 from export.parts import parameter_of, rows_of, split
 from export.pipeline import convert, verify
@@ -30,7 +31,7 @@ from export.progress import silent
 from export.quantize import BY_TEXT, Recipe, average_bits, matrix_shapes, quantize_model
 from export.reopen import load_bundle
 from export.rounding import DATA_FREE, Moments, error_corrected, nearest
-from export.runs import Run, create_run, open_run, run_pointer
+from export.runs import Run, open_run, run_pointer
 from export.sensitivity import Option, formats_of, plan_for_bits, plan_for_damage
 from export.start import plan_run
 from export.texts import TextFiles, choose_texts

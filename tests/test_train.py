@@ -21,8 +21,9 @@ from export.averaging import Average
 from export.checkpoint import load_checkpoint, run_pointer
 from export.cli import main as gptrt_export
 from export.data import Windows, open_ids, read_pieces, tokenize
+from export.new_run import create_run
 from export.progress import ProgressBar
-from export.runs import Run, create_run, open_run
+from export.runs import Run, open_run
 from export.start import plan_run
 from export.tokenization import TokenizerConfig, train_tokenizer
 from export.train import train
