@@ -40,18 +40,17 @@ def correct_errors(
     progress: Progress,
     *,
     by_row: bool | None = None,
-    costs: OutputCosts | None = None,
 ) -> dict[str, BlockMatrix]:
     """Round every matrix in `formats` for `windows` of calibration text [count, length]; `by_row`
     takes each row of the vocabulary for itself, which is closer and takes longer. Left out, that is
-    done where it is quick; `costs` left out are measured.
+    done where it is quick.
 
     A tied matrix comes first, as the embedding that all others read through; as the head it is
     corrected for what the unrounded model gives it.
     """
     by_row = quick_by_row(model.config) if by_row is None else by_row
     work = _Correction(model.eval(), formats, progress)
-    costs = costs or OutputCosts.measure(model, windows, progress)
+    costs = OutputCosts.measure(model, windows, progress)
     attend, batches = CausalAttention(model.config), _batches(windows)
     if not model.config.tied:
         work.store_all("wte.weight", None)

@@ -44,7 +44,6 @@ from .runs import DATA_FOLDER, Run, TrainConfig
 from .start import (
     check_compiler,
     check_context,
-    check_distillation,
     choose_device,
     load_checkpoint_or_bundle,
     with_settings,
@@ -142,7 +141,6 @@ def plan_finetuning(
     examples = ExamplePlan(task, train, valid, test, list(tables.data), weights)
     config = with_settings(task_training(start.config, lora), dict(settings or {}))
     check_context(config, start.config)
-    check_distillation(config, None)
     if config.prompt_share and not task.prompt:
         raise OptionError(
             "--prompt, whose loss prompt_share weighs", found="none", do="leave prompt_share out"

@@ -45,14 +45,6 @@ class OutputCosts:
     embedded: Tensor | None
     products: dict[str, Tensor]
 
-    def of_blocks(self) -> list[Tensor]:
-        """Those of what each block gives, [n_embd, n_embd], first to last: its last product goes
-        into that without a change."""
-        found: list[Tensor] = []
-        while (name := f"h.{len(found)}.mlp.c_proj.weight") in self.products:
-            found.append(self.products[name])
-        return found
-
     @classmethod
     @torch.no_grad()
     def measure(

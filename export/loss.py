@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,19 +24,6 @@ class Lesson:
     x: Tensor
     head: Tensor
     share: float
-
-
-def state_divergence(
-    outputs: Sequence[Tensor], shown: Sequence[Tensor], costs: Sequence[Tensor]
-) -> Tensor:
-    """How far the predictions diverge, in nats and to second order, by what each block gives of its
-    own: the mean over blocks and tokens of 1/2 d^T G d, d the difference of `outputs` and `shown`
-    [batch, seq, n_embd], G the block's Fisher matrix [n_embd, n_embd] in `costs`."""
-    total = torch.zeros((), device=outputs[0].device)
-    for given, wanted, cost in zip(outputs, shown, costs, strict=True):
-        difference = (given.float() - wanted.float()).flatten(0, -2)
-        total = total + 0.5 * (difference @ cost * difference).sum(-1).mean()
-    return total / len(costs)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -152,25 +152,17 @@ class GPT(nn.Module):
         return logits
 
     def hidden(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        attend: Attend | None = None,
-        outputs: list[Tensor] | None = None,
+        self, ids: Tensor, positions: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
         """What the head reads: [batch, seq, n_embd]. Positions count from 0 if not given."""
-        return self.to_head(self.states(self.embed(ids, positions), attend, outputs))
+        return self.to_head(self.states(self.embed(ids, positions), attend))
 
-    def states(
-        self, x: Tensor, attend: Attend | None = None, outputs: list[Tensor] | None = None
-    ) -> Tensor:
+    def states(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         """The last hidden states [batch, seq, n_embd], in the model's own basis, of what the first
-        block reads. To `outputs`, if given, is added what each block gives."""
+        block reads."""
         attend = attend or CausalAttention(self.config)
         for layer, block in enumerate(self.h):
             x = block(x, partial(attend, layer))
-            if outputs is not None:
-                outputs.append(x)
         normed: Tensor = self.ln_f(x)
         return normed
 

@@ -19,10 +19,8 @@ from gptrt.errors import CheckpointError, TargetError
 from . import data
 from .calibration import correct_errors
 from .checkpoint import Checkpoint, save_checkpoint
-from .distillation import save_costs, save_teacher
 from .examples import ExamplePlan
 from .files import write_json, written_whole
-from .fisher import OutputCosts
 from .lora import LoraConfig, adapt, to_peft
 from .model import GPT
 from .progress import Progress, silent
@@ -32,6 +30,7 @@ from .runs import (
     BASE_FOLDER,
     DATA_FOLDER,
     RUN_FILE,
+    TEACHER_FOLDER,
     Run,
     RunConfig,
     State,
@@ -112,7 +111,7 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     run = Run(folder, config)
     write_json(folder / RUN_FILE, as_json(config))
     if plan.train.distill and base is not None:
-        save_teacher(folder, base)
+        save_checkpoint(base.alone(), folder / TEACHER_FOLDER)
     rounding = base.rounding if base else None
     if plan.recipe is not None:
         rounding = _start_rounding(run, weights, plan.recipe, progress)
@@ -134,11 +133,7 @@ def _start_rounding(
     config, train = run.config.model, run.config.train
     windows = data.spread_windows(data.open_ids(run.train_ids), train.seq_len, _START_TOKENS)
     model = Checkpoint(config, weights, None, {}).model()
-    costs = OutputCosts.measure(model, windows, progress)
-    if train.distill * train.distill_states:
-        save_costs(run.path, costs.of_blocks())
-    formats = recipe.formats(config)
-    matrices = correct_errors(model, formats, windows, progress, by_row=True, costs=costs)
+    matrices = correct_errors(model, recipe.formats(config), windows, progress, by_row=True)
     return TrainedRounding.start(matrices, weights)
 
 

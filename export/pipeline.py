@@ -30,7 +30,6 @@ from . import via
 from .card import model_card
 from .checkpoint import Checkpoint, load_checkpoint
 from .companions import write_companions
-from .distillation import TEACHER_FOLDER
 from .files import write_json, written_whole
 from .graph import build_graph
 from .heads import with_padded_heads
@@ -39,6 +38,7 @@ from .kv_cache import calibrate_cache, quantize_cache
 from .nbits import save_graph, store_matrices
 from .options import ConvertOptions, check_window
 from .plots import plot_sensitivity
+from .runs import TEACHER_FOLDER
 from .storing import Step, silent_step, store
 from .texts import DEFAULT_TOKENS, TextFiles, Texts, choose_texts
 from .tokenization import ids_without_rows

@@ -6,7 +6,7 @@ RUN/step-00000400/     checkpoints, each a Hugging Face folder plus the state of
 RUN/checkpoints.json   which of them is the best and which the last
 RUN/log.jsonl          one line a step (loss, lr, grad_norm, tok_s), one line an evaluation
 RUN/loss.png           the curves
-RUN/teacher/           with distillation, the checkpoint to learn from, what its states cost beside
+RUN/teacher/           with distillation, the checkpoint to learn from
 RUN/base/              with an adapter, the checkpoint that it adapts
 RUN/.lock              held by the process that trains
 """
@@ -37,7 +37,7 @@ from .metrics import perplexity
 from .optimizer import OptimizerConfig
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
-BASE_FOLDER, _LOCK_FILE = "base", ".lock"
+TEACHER_FOLDER, BASE_FOLDER, _LOCK_FILE = "teacher", "base", ".lock"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 
 
@@ -66,7 +66,6 @@ class TrainConfig:
     compile: bool = False  # by torch.compile: for a card, and where there is a C++ compiler
     seed: int = bounded(0, 1 << 62, default=0)
     distill: float = bounded(0.0, 1e3, default=0.0)  # weight of KL(start || model) in the loss
-    distill_states: float = bounded(0.0, 1e3, default=0.0)  # times that: of what blocks give astray
     average: float = bounded(0.0, 0.999999, default=0.0)  # kept of the mean of weights; 0: no mean
     prompt_share: float = bounded(0.0, 1e3, default=0.0)  # of a task: weight of its prompts' loss
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

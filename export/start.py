@@ -60,7 +60,6 @@ def plan_run(
     train = train if recipe is None else for_rounding(train)
     train = with_settings(train, settings)
     check_context(train, model)
-    check_distillation(train, recipe)
     if train.prompt_share:
         raise OptionError(
             "prompt_share for a task, whose examples have prompts", found="texts", do="leave it out"
@@ -138,17 +137,10 @@ def fine_tuning(model: ModelConfig) -> TrainConfig:
 
 def for_rounding(train: TrainConfig) -> TrainConfig:
     """A trained model knows what it is to predict; only what rounding changed is to be undone. So
-    nearly all of the loss is the divergence from what it was, of the predictions and of what each
-    block gives, and nothing shrinks."""
+    nearly all of the loss is the divergence from what it was, and nothing shrinks."""
     optimizer = replace(train.optimizer, lr=3e-4, weight_decay=0.0)
     return replace(
-        train,
-        distill=100.0,
-        distill_states=20.0,
-        average=0.99,
-        patience=None,
-        eval_every=200,
-        optimizer=optimizer,
+        train, distill=100.0, average=0.99, patience=None, eval_every=200, optimizer=optimizer
     )
 
 
@@ -173,16 +165,6 @@ def check_context(train: TrainConfig, model: ModelConfig) -> None:
             f"seq_len of at most {model.n_positions}, the model's context",
             found=str(train.seq_len),
             do="set it lower",
-        )
-
-
-def check_distillation(train: TrainConfig, recipe: Recipe | None) -> None:
-    """Raises OptionError for what only a run that trains for its rounding has measured."""
-    if train.distill_states and recipe is None:
-        raise OptionError(
-            "--quantize, which measures what states cost, for distill_states",
-            found="distill_states without it",
-            do="leave it out",
         )
 
 

@@ -215,15 +215,13 @@ def hidden_and_head(
     ids: Tensor,
     positions: Tensor | None = None,
     attend: Attend | None = None,
-    outputs: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`model.hidden(...)` and the matrix that makes logits of it, as rounding leaves them."""
-    asked = (ids, positions, attend, outputs)
     if rounding is None:
-        return model.hidden(*asked), model.lm_head.weight
+        return model.hidden(ids, positions, attend), model.lm_head.weight
     weights = rounding.weights()
     named = {f"model.{name}": weight for name, weight in weights.items()}
-    hidden: Tensor = torch.func.functional_call(_Hidden(model), named, asked)
+    hidden: Tensor = torch.func.functional_call(_Hidden(model), named, (ids, positions, attend))
     return hidden, weights.get(head_parameter(model.config), model.lm_head.weight)
 
 
@@ -234,5 +232,5 @@ class _Hidden(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *asked: Any) -> Tensor:
-        return self.model.hidden(*asked)
+    def forward(self, ids: Tensor, positions: Tensor | None, attend: Attend | None) -> Tensor:
+        return self.model.hidden(ids, positions, attend)

@@ -21,14 +21,13 @@ from gptrt.errors import TrainingError
 from .averaging import Average
 from .checkpoint import Checkpoint, load_checkpoint
 from .data import Batch
-from .distillation import Teacher
 from .lora import adapt, from_peft, merged_state, to_peft
-from .loss import IGNORED, linear_cross_entropy
-from .model import GPT, CausalAttention
+from .loss import IGNORED, Lesson, linear_cross_entropy
+from .model import GPT, Attend, CausalAttention
 from .optimizer import Optimizer, rate_scale
 from .parts import parameter_of
 from .precision import autocast, product_dtype
-from .runs import BASE_FOLDER, Run, TrainConfig
+from .runs import BASE_FOLDER, TEACHER_FOLDER, Run, TrainConfig
 from .sources import open_sources
 from .trained_rounding import TrainedRounding, hidden_and_head
 
@@ -67,7 +66,7 @@ class Trainer:
         self.device = torch.device(run.config.device)
         self.rounding = last.rounding.to(self.device) if last.rounding else None
         self.model, self.learning = _learner(run, last, self.rounding)
-        self.teacher = Teacher.open(run.path, self.device) if self.config.distill else None
+        self.teacher = _teacher(run).to(self.device) if self.config.distill else None
         if self.config.compile:
             varied = run.config.task is not None  # a batch of examples is as wide as its widest row
             hidden = torch.compile(self.model.hidden, dynamic=varied)
@@ -103,10 +102,9 @@ class Trainer:
         self.model.train()
         loss = 0.0
         for batch in self.source.batches(step, config.batch_size, config.grad_accum):
-            objective, astray = self._losses(batch, config.distill)
-            whole = objective + config.distill * config.distill_states * astray
-            (whole / config.grad_accum).backward()  # type: ignore[no-untyped-call]
-            loss += objective.item() / config.grad_accum
+            part = self._loss(batch, distill=config.distill) / config.grad_accum
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
         if not math.isfinite(loss):
             raise TrainingError(
                 "a finite loss",
@@ -132,9 +130,9 @@ class Trainer:
         with self._averaged():
             for batch in self.valid.in_order(self.config.batch_size, self.config.eval_tokens):
                 tokens = int((batch.targets != IGNORED).sum())
-                loss += self._losses(batch)[0].item() * tokens
+                loss += self._loss(batch).item() * tokens
                 if distill:
-                    objective += self._losses(batch, distill)[0].item() * tokens
+                    objective += self._loss(batch, distill).item() * tokens
                 count += tokens
         loss, objective = loss / count, objective / count
         if not math.isfinite(loss):
@@ -200,32 +198,34 @@ class Trainer:
             adapter=adapter,
         )
 
-    def _losses(self, batch: Batch, distill: float = 0.0) -> tuple[Tensor, Tensor | float]:
-        """The objective, nats a token, of which the divergence from the teacher is a part; and what
-        the blocks give astray, where they are held to the teacher's."""
-        teacher = self.teacher if distill else None
+    def _loss(self, batch: Batch, distill: float = 0.0) -> Tensor:
         inputs, targets = self._tensor(batch.inputs), self._tensor(batch.targets).flatten()
         attend = positions = shares = None
         if batch.segments is not None and batch.positions is not None:
             attend = CausalAttention(self.model.config, self._tensor(batch.segments))
             positions = self._tensor(batch.positions)
         with autocast(self.dtype, self.device):
-            asked = (inputs, positions, attend)
-            outputs: list[Tensor] | None = [] if teacher and teacher.costs else None
-            hidden, head = hidden_and_head(self.model, self.rounding, *asked, outputs)
-            shown = teacher.show(*asked) if teacher else None
-        hidden, read = hidden.flatten(0, 1), shown.hidden.flatten(0, 1) if shown else None
+            hidden, head = hidden_and_head(self.model, self.rounding, inputs, positions, attend)
+            shown = self._shown(inputs, positions, attend) if distill else None
+        hidden = hidden.flatten(0, 1)
         if batch.shares is not None:  # few positions count: the head reads no others
             counts = targets != IGNORED
             hidden, targets = hidden[counts], targets[counts]
             shares = self._tensor(batch.shares).flatten()[counts]
-            read = None if read is None else read[counts]
-        lesson = teacher.lesson(read, distill) if teacher and read is not None else None
-        objective = linear_cross_entropy(hidden, head, targets, self.dtype, lesson, shares)
-        return objective, teacher.astray(outputs, shown) if teacher and outputs and shown else 0.0
+            shown = None if shown is None else shown[counts]
+        lesson = None
+        if shown is not None and self.teacher is not None:
+            lesson = Lesson(shown, self.teacher.lm_head.weight, distill)
+        return linear_cross_entropy(hidden, head, targets, self.dtype, lesson, shares)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _shown(self, inputs: Tensor, positions: Tensor | None, attend: Attend | None) -> Tensor:
+        """What the teacher's head reads, [tokens, n_embd]."""
+        assert self.teacher is not None, "a run with distillation has one"
+        return self.teacher.hidden(inputs, positions, attend).flatten(0, 1)
 
 
 def _merit(found: Judgement) -> tuple[float, float]:
@@ -265,6 +265,11 @@ def learning_parameters(model: GPT, rounding: TrainedRounding | None) -> dict[st
         return named
     rounded = set(map(parameter_of, rounding.formats))
     return {n: p for n, p in named.items() if n not in rounded} | rounding.parameters()
+
+
+def _teacher(run: Run) -> GPT:
+    """What a run with distillation learns from: the model that it started from."""
+    return load_checkpoint(run.path / TEACHER_FOLDER).frozen()
 
 
 def compute_dtype(config: TrainConfig, width: int, device: torch.device) -> torch.dtype:

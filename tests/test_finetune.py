@@ -115,7 +115,6 @@ def test_all_faults_of_a_table_are_listed_and_nothing_is_written(run: Run, tmp_p
         (("--lora-rank", 2, "--lora-target", "wte"), ("wte", "attn.c_attn")),
         (("--set", "seq_len=2"), ("answers of at most 2",)),
         (("--set", "seq_len=65"), ("seq_len of at most 64",)),
-        (("--set", "distill_states=1"), ("--quantize", "distill_states")),
         (
             ("--task", "lm", "--column", "answer=text", "--set", "prompt_share=0.5"),
             ("--prompt", "prompt_share"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from export.blocks import BITS, BlockFormat, BlockMatrix, Grid, least_squares_grid
 from export.calibration import correct_errors
@@ -22,6 +23,7 @@ from export.cli import main as gptrt_export
 from export.data import open_ids, spread_windows
 from export.heads import with_padded_heads
 from export.learned_rounding import learn_rounding
+from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
 from export.new_run import create_run
 from export.options import ConvertOptions
@@ -284,6 +286,38 @@ def test_learned_rounding_is_the_same_each_time(run: Run) -> None:
     formats = Recipe("int4").formats(model.config)
     one, two = (learn_rounding(model, formats, seen, silent, steps=3) for _ in range(2))
     assert all((one[name].dequantize() == two[name].dequantize()).all() for name in formats)
+
+
+def test_a_lesson_alone_is_the_divergence_from_the_teacher() -> None:
+    x, head = torch.randn(40, 8, requires_grad=True), torch.randn(30, 8)
+    lesson = Lesson(torch.randn(40, 8), torch.randn(30, 8), 1.0)
+    loss = linear_cross_entropy(x, head, None, torch.float32, lesson)
+    wanted = F.kl_div(
+        (x @ head.T).log_softmax(-1),
+        (lesson.x @ lesson.head.T).log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, x)[0] for value in (loss, wanted)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_lesson_adds_the_divergence_from_the_teacher_and_its_gradients() -> None:
+    torch.manual_seed(0)
+    x, head = torch.randn(40, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    taught, teacher, targets = torch.randn(40, 8), torch.randn(30, 8), torch.randint(0, 30, (40,))
+    lesson = Lesson(taught, teacher, 0.7)
+    loss = linear_cross_entropy(x, head, targets, torch.float32, lesson)
+    logits = x @ head.T
+    wanted = F.cross_entropy(logits, targets) + 0.7 * F.kl_div(
+        logits.log_softmax(-1), (taught @ teacher.T).log_softmax(-1), None, None, "batchmean", True
+    )
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found = torch.autograd.grad(loss, (x, head))
+    for a, b in zip(found, torch.autograd.grad(wanted, (x, head)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def aware_plan(run: Run, text: Path, mode: str = "int4", **settings: str) -> object:

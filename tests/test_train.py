@@ -438,7 +438,6 @@ def test_wrong_input_to_train_is_refused_and_writes_nothing(
         ((*base, "--from", run.path, "--data", text_file, "--set", "seq_len=65"), "at most 64"),
         ((*base, *nano, "--data", text_file, "--set", "prompt_share=0.5"), "prompt_share"),
         ((*base, *nano, "--data", text_file, "--set", "optimizer.beta1=1"), "beta1"),
-        ((*base, *nano, "--data", text_file, "--set", "distill_states=1"), "--quantize"),
         ((*base, "--from", tmp_path / "nothing", "--data", text_file), "checkpoint"),
         ((*base, *nano, "--data", text_file, "--tokenizer", tmp_path), "tokenizer.json"),
         (("train", "--out", taken, *nano, "--data", text_file), "there already"),
