@@ -56,8 +56,8 @@ class _Group:
 class Optimizer:
     """Both as one, their moments kept by the names of parameters.
 
-    The steps are PyTorch's, its optimizers are not: to make one imports its compiler first, which
-    takes as long as all the rest of PyTorch.
+    AdamW's steps are PyTorch's, but none of its optimizer objects: to make one imports its
+    compiler, which takes as long as all the rest of PyTorch.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
@@ -164,8 +164,9 @@ def muon(
     """
     grad = matrix.grad
     assert grad is not None
-    buffer = moments.setdefault("momentum_buffer", torch.zeros_like(grad))
-    buffer.lerp_(grad, 1 - momentum)
+    if "momentum_buffer" not in moments:
+        moments["momentum_buffer"] = torch.zeros_like(grad)
+    buffer = moments["momentum_buffer"].lerp_(grad, 1 - momentum)
     update = orthogonal(grad.lerp(buffer, momentum))  # Nesterov's look ahead
     rows, columns = matrix.shape
     matrix.mul_(1 - lr * weight_decay)
