@@ -59,6 +59,12 @@ for _command in (cli_tasks.finetune, cli_tasks.evaluate, cli_tasks.estimate):
 )
 @click.option("--block-size", type=int, help="Weights that share a scale, with --quantize.")
 @click.option("--head-bits", type=int, help="Bits of the vocabulary matrix.")
+@click.option(
+    "--bits-per-weight",
+    type=float,
+    help="A budget over all parameters, with --quantize: what blocks leave of it is for the most "
+    "frequent tokens.",
+)
 @_projection
 @click.option("--distill", type=click.FloatRange(min=0), help="Weight of learning from --from.")
 def train(
@@ -76,6 +82,7 @@ def train(
     mode: Mode | None,
     block_size: int | None,
     head_bits: int | None,
+    bits_per_weight: float | None,
     projection: bool | None,
     distill: float | None,
 ) -> None:
@@ -97,7 +104,7 @@ def train(
     texts, held_out, changes = list(data), list(valid), pairs("--set", settings)
     own = {"max_steps": max_steps, "max_time": max_time, "distill": distill}
     changes |= {name: str(value) for name, value in own.items() if value is not None}
-    recipe = recipe_to_train(mode, block_size, head_bits, projection)
+    recipe = recipe_to_train(mode, block_size, head_bits, projection, bits_per_weight)
     if preset and start:
         say("--from brings shape, tokenizer and ways of its own: nothing of the preset is taken")
     start = local_checkpoint(start) if start else None

@@ -38,6 +38,7 @@ HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bi
 # what a head of 8 bits would.
 _FREQUENT_SHARE, _FREQUENT_BITS = 8, 8
 _LEAST_TO_SPLIT = 1024  # rows: below, all are frequent
+_ROWS_TOGETHER = 32  # of a part that is as large as a budget allows: kernels take them in groups
 
 # Weights that share a scale, by the bits of most matrices, in wide models and in narrow ones. At 8
 # bits they are fewer: kernels round the inputs of a product in blocks of the same size, and there
@@ -57,7 +58,8 @@ class Recipe:
     """What a user asks for; None is the best choice known.
 
     `head_bits` is of the vocabulary matrix, the most sensitive one: where it is the embedding too,
-    it is stored once. Left out, an eighth of its rows, the most frequent tokens, have 8 bits. With
+    it is stored once. Left out, an eighth of its rows, the most frequent tokens, have 8 bits; or,
+    with `bits_per_weight`, a budget over all parameters, as many as it leaves room for. With
     `projection` it is rounded in a basis of its own.
     Raises OptionError for a combination that there is not.
     """
@@ -68,6 +70,7 @@ class Recipe:
     head_bits: int | None = None
     symmetric: bool | None = None
     projection: bool | None = None
+    bits_per_weight: float | None = None
 
     def __post_init__(self) -> None:
         size = _FINE_BLOCK if self.block_size is None else self.block_size
@@ -87,6 +90,12 @@ class Recipe:
             )
         if self.method == "hqq" and self.bits == 8:
             raise OptionError("hqq for 4 or 2 bits", found="int8", do="use --method nearest")
+        if self.bits_per_weight is not None and not self._splits_vocabulary:
+            raise OptionError(
+                "--bits-per-weight with int4 or int2, whose vocabulary it chooses the bits of",
+                found=self.mode if self.head_bits is None else f"--head-bits {self.head_bits}",
+                do="leave one of them out",
+            )
 
     @property
     def bits(self) -> int:
@@ -109,10 +118,31 @@ class Recipe:
         """Whether the vocabulary is to have a basis of its own, to be rounded in."""
         if config.projected or self.projection is not None:
             return not config.projected and bool(self.projection)
+        if self.bits_per_weight is not None:  # which more rows at 8 bits are the better use of
+            return False
         return self.bits_of_head < 8 and worth_projecting(config)
 
+    def check(self, config: ModelConfig) -> None:
+        """Raises OptionError for a budget that such a model cannot keep to."""
+        self.formats(replace(config, projected=config.projected or self.projects(config)))
+
     def formats(self, config: ModelConfig) -> Formats:
-        """The format of every matrix, by the name of its parameter in `GPT`, or of its `parts`."""
+        """The format of every matrix, by the name of its parameter in `GPT`, or of its `parts`.
+
+        Raises OptionError for a budget below what it takes without any row at 8 bits.
+        """
+        rows, budget = config.vocab_size, self.bits_per_weight
+        if budget is None:
+            return self._formats(config, frequent_rows(rows))
+        least, most = (average_bits(config, self._formats(config, count)) for count in (0, rows))
+        if not budget >= least:  # nor is NaN
+            raise too_few_bits(least, budget)
+        room = min(1.0, (budget - least) / (most - least))
+        groups = int(room * rows) // _ROWS_TOGETHER
+        return self._formats(config, rows if room == 1.0 else groups * _ROWS_TOGETHER)
+
+    def _formats(self, config: ModelConfig, frequent: int) -> Formats:
+        """With so many rows of the vocabulary, the most frequent tokens, at 8 bits."""
         symmetric = self.symmetric
         if symmetric is None:
             symmetric = self.chosen_method not in _OWN_ZEROS
@@ -121,24 +151,33 @@ class Recipe:
         for name, shape in matrix_shapes(config).items():
             # Tables that rows are gathered from are symmetric: one kernel reads both.
             even = symmetric or name in ("wte.weight", "wpe.weight")
-            for part, bits in self._bits_of_parts(name, shape).items():
+            for part, bits in self._bits_of_parts(name, shape, frequent).items():
                 formats[part] = BlockFormat(bits, size, even).within(shape[1])
         return formats
 
-    def _bits_of_parts(self, name: str, shape: tuple[int, int]) -> dict[str, int]:
+    @property
+    def _splits_vocabulary(self) -> bool:
+        return self.head_bits is None and self.bits < _FREQUENT_BITS
+
+    def _bits_of_parts(self, name: str, shape: tuple[int, int], frequent: int) -> dict[str, int]:
         if name in _SMALL:
             return {name: _SMALL_BITS}
         if name not in _VOCABULARY:
             return {name: self.bits}
-        if self.head_bits is not None or self.bits >= _FREQUENT_BITS:
+        if frequent == 0 or not self._splits_vocabulary:
             return {name: self.bits_of_head}
-        frequent, *rest = vocabulary_parts(name, shape[0])
-        return {frequent: _FREQUENT_BITS} | dict.fromkeys(rest, self.bits_of_head)
+        first, *rest = vocabulary_parts(name, shape[0], frequent)
+        return {first: _FREQUENT_BITS} | dict.fromkeys(rest, self.bits_of_head)
 
 
-def vocabulary_parts(name: str, rows: int) -> tuple[str, ...]:
-    """The rows of the frequent tokens, and the rest; of a small vocabulary all are frequent."""
-    return split(name, rows // _FREQUENT_SHARE) if rows >= _LEAST_TO_SPLIT else (name,)
+def frequent_rows(rows: int) -> int:
+    """How many of the rows of a vocabulary are those of frequent tokens."""
+    return rows // _FREQUENT_SHARE if rows >= _LEAST_TO_SPLIT else rows
+
+
+def vocabulary_parts(name: str, rows: int, frequent: int) -> tuple[str, ...]:
+    """The rows of the frequent tokens, and the rest, if there is one."""
+    return split(name, frequent) if frequent < rows else (name,)
 
 
 def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -147,8 +186,12 @@ def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return {
         part: shape_of(part, shape)
         for name, shape in matrix_shapes(config).items()
-        for part in (vocabulary_parts(name, shape[0]) if name in _VOCABULARY else (name,))
+        for part in _parts_to_choose_for(name, shape[0])
     }
+
+
+def _parts_to_choose_for(name: str, rows: int) -> tuple[str, ...]:
+    return vocabulary_parts(name, rows, frequent_rows(rows)) if name in _VOCABULARY else (name,)
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -194,6 +237,11 @@ def quantize_model(
         rows = parameters[parameter_of(name)].detach()[rows_of(name)]
         matrices[name] = rounded(rows.numpy(), fmt)
     return matrices
+
+
+def too_few_bits(least: float, budget: float) -> OptionError:
+    wanted = f"--bits-per-weight of at least {math.ceil(1000 * least) / 1000:.3f}"
+    return OptionError(wanted, found=f"{budget}", do="raise the budget")
 
 
 def mode_of(formats: Formats) -> Mode:

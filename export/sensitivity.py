@@ -28,7 +28,7 @@ from .fisher import OutputCosts
 from .model import GPT, head_parameter
 from .parts import parameter_of, rows_of
 from .progress import Progress, within
-from .quantize import Formats, average_bits, matrix_shapes, part_shapes
+from .quantize import Formats, average_bits, matrix_shapes, part_shapes, too_few_bits
 from .rounding import Moments, corrected_where_known
 from .vocabulary import quick_by_row
 
@@ -143,12 +143,7 @@ def check_budget(config: ModelConfig, bits_per_weight: float) -> None:
     }
     least = average_bits(config, smallest)
     if bits_per_weight < least:
-        raise _too_few_bits(least, bits_per_weight)
-
-
-def _too_few_bits(least: float, budget: float) -> OptionError:
-    wanted = f"--bits-per-weight of at least {least:.3f}"
-    return OptionError(wanted, found=f"{budget}", do="raise the budget")
+        raise too_few_bits(least, bits_per_weight)
 
 
 def plan_for_bits(config: ModelConfig, options: Options, budget: float) -> Plan:
@@ -165,7 +160,7 @@ def plan_for_bits(config: ModelConfig, options: Options, budget: float) -> Plan:
         cheaper = min(_exchanges(options, plan), key=_price, default=None)
         if cheaper is None:
             least = average_bits(config, formats_of(plan))
-            raise _too_few_bits(least, budget)
+            raise too_few_bits(least, budget)
         plan = plan | {cheaper.after.name: cheaper.after}
     return _spend_the_rest(options, plan, fits)
 

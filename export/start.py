@@ -60,6 +60,8 @@ def plan_run(
     train = train if recipe is None else for_rounding(train)
     train = with_settings(train, settings)
     check_context(train, model)
+    if recipe is not None:
+        recipe.check(model)
     if train.prompt_share:
         raise OptionError(
             "prompt_share for a task, whose examples have prompts", found="texts", do="leave it out"
@@ -101,18 +103,25 @@ def recipe_to_train(
     block_size: int | None,
     head_bits: int | None,
     projection: bool | None = None,
+    bits_per_weight: float | None = None,
 ) -> Recipe | None:
     """Training can afford what rounding alone cannot: blocks of 128 in narrow models too."""
     if mode is None:
-        if (block_size, head_bits, projection) != (None, None, None):
+        if any(part is not None for part in (block_size, head_bits, projection, bits_per_weight)):
             raise OptionError(
                 "--quantize int8, int4 or int2",
-                found="--block-size, --head-bits or --projection without it",
+                found="--block-size, --head-bits, --projection or --bits-per-weight without it",
                 do="add it or leave them out",
             )
         return None
     size = _TRAINED_BLOCK if block_size is None else block_size
-    return Recipe(mode, block_size=size, head_bits=head_bits, projection=projection)
+    return Recipe(
+        mode,
+        block_size=size,
+        head_bits=head_bits,
+        projection=projection,
+        bits_per_weight=bits_per_weight,
+    )
 
 
 def _tokenizer(path: Path | None, preset: Preset | None) -> TokenizerConfig | Tokenizer:

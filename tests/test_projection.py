@@ -134,7 +134,7 @@ def test_training_for_rounding_projects_as_it_is_told() -> None:
         recipe = recipe_to_train("int4", None, None, told)
         assert recipe is not None
         assert recipe.projects(wide) is projects
-    with pytest.raises(OptionError, match="found --block-size, --head-bits or --projection"):
+    with pytest.raises(OptionError, match="found --block-size, --head-bits, --projection or"):
         recipe_to_train(None, None, None, projection=False)
     for given in ((0, None), (None, 0)):  # none of them is the same as left out
         with pytest.raises(OptionError, match="found --block-size"):

@@ -27,7 +27,7 @@ from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
 from export.new_run import create_run
 from export.options import ConvertOptions
-from export.parts import parameter_of, rows_of, split
+from export.parts import parameter_of, parts_of, rows_of, shape_of, split
 from export.pipeline import convert, verify
 from export.progress import silent
 from export.quantize import BY_TEXT, Recipe, average_bits, matrix_shapes, quantize_model
@@ -39,11 +39,14 @@ from export.start import plan_run
 from export.texts import TextFiles, choose_texts
 from export.train import train
 from export.vocabulary import RowCosts
+from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
 from gptrt.format import read_manifest
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled
 from .test_train import QUIET, losses
+
+_VOCABULARY = {"wte.weight", "lm_head.weight"}
 
 WEIGHT = np.random.default_rng(0).standard_normal((24, 200)).astype(np.float32)
 
@@ -361,6 +364,38 @@ def test_a_bundle_has_the_bits_that_its_model_was_trained_for_without_being_told
     assert (manifest.quantization.mode, manifest.quantization.bits) == ("int2", 2)
 
 
+@pytest.mark.parametrize("shape", [GPT2_SHAPE, replace(GPT2_SHAPE, tied=False)])
+def test_what_a_budget_leaves_is_for_the_rows_of_the_most_frequent_tokens(
+    shape: ModelConfig,
+) -> None:
+    """As many as there is room for, and no more."""
+    head = "wte.weight" if shape.tied else "lm_head.weight"
+    least, most = (
+        average_bits(shape, Recipe("int4", block_size=32, head_bits=bits).formats(shape))
+        for bits in (4, 8)
+    )
+    found = {}
+    for share in (0.0, 0.3, 0.6, 1.0, 2.0):
+        budget = least + share * (most - least)
+        formats = Recipe("int4", block_size=32, bits_per_weight=budget).formats(shape)
+        assert average_bits(shape, formats) <= budget
+        parts = [(name, formats[name].bits) for name in parts_of(head, formats)]
+        rows = shape_of(parts[0][0], (shape.vocab_size, shape.n_embd))[0]
+        found[share] = 0 if parts[0][1] == 4 else rows
+        assert [bits for _, bits in parts] in ([4], [8], [8, 4])
+        assert {fmt.bits for name, fmt in formats.items() if name.startswith("h.")} == {4}
+        if 0 < share < 1:
+            more = {f"{head}[:{rows + 32}]", f"{head}[{rows + 32}:]"}
+            larger = {n: f for n, f in formats.items() if parameter_of(n) not in _VOCABULARY}
+            for vocabulary in {parameter_of(n) for n in formats} & _VOCABULARY:
+                first, rest = split(vocabulary, rows + 32)
+                larger |= {first: BlockFormat(8, 32), rest: BlockFormat(4, 32)}
+            assert more <= larger.keys()
+            assert average_bits(shape, larger) > budget
+    assert found[0.0] == 0 and found[1.0] == found[2.0] == shape.vocab_size
+    assert 0 < found[0.3] < found[0.6] < shape.vocab_size
+
+
 @pytest.mark.parametrize(
     ("file", "change", "word"),
     [
@@ -471,12 +506,25 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
         ("--from", "--quantize", "int4"),
         ("block size", "--quantize", "int4", "--block-size", 0),
         ("--quantize", "--block-size", 0),
+        ("--quantize", "--bits-per-weight", 5),
     ):
         result = run_cli(
             gptrt_export, "train", "--preset", "nano-char", "--data", text_file, *options,
             "--out", tmp_path / "run",
         )  # fmt: skip
         assert_refused(result, word)
+    for word, *options in (
+        ("--bits-per-weight of at least", "--bits-per-weight", 4.1),
+        ("--bits-per-weight of at least", "--bits-per-weight", "nan"),
+        ("--head-bits 4", "--bits-per-weight", 5, "--head-bits", 4),
+        ("int8", "--bits-per-weight", 9, "--quantize", "int8"),
+    ):
+        result = run_cli(
+            gptrt_export, "train", "--from", run.path, "--data", text_file, "--quantize", "int4",
+            *options, "--out", tmp_path / "run",
+        )  # fmt: skip
+        assert_refused(result, word)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_bundle_that_lost_too_much_ends_with_1_and_is_not_written(
