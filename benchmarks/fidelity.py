@@ -89,12 +89,12 @@ def convert(checkpoint: Path, out: Path, options: list[str]) -> dict[str, Any]:
 
 
 def row(name: str, found: dict[str, Any], bundle: Path) -> str:
-    from gptrt_export.reopen import load_bundle
+    from gptrt_export.quantize import own_parameters
 
     from gptrt.format import open_bundle
 
-    weights = sum(tensor.numel() for tensor in load_bundle(bundle).plain().model().parameters())
-    size = open_bundle(bundle).weights_bytes
+    opened = open_bundle(bundle)
+    weights, size = own_parameters(opened.manifest.model), opened.weights_bytes
     return (
         f"| {name} | {found['perplexity_ratio']:.4f} ± {found['ratio_error']:.4f} "
         f"| {found['kl']:.5f} | {found['top1']:.1%} "

@@ -218,6 +218,8 @@ def evaluate(
     tables = Tables([data], columns=names, labels=pairs("--label", labels))
     if out is not None and not out.parent.is_dir():
         raise TargetError(f"a folder {out.parent}", found="none", do="make it, or check --out")
+    if out is not None and out.is_dir():
+        raise TargetError("a file for --out", found=f"the folder {out}", do="name a file in it")
     if prompt is not None and kind is None:
         raise OptionError("--task, which --prompt is for", found="none", do="add it")
     given = {name: value for name, value in options.items() if value is not None}
@@ -231,6 +233,6 @@ def evaluate(
             progress=bar.update,
         )
     table = evaluation.as_table(found)
+    click.echo(json.dumps(evaluation.as_json(found)) if as_json else table, nl=as_json)
     if out is not None:
         out.write_text(table, encoding="utf-8")
-    click.echo(json.dumps(evaluation.as_json(found)) if as_json else table, nl=as_json)

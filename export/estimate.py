@@ -254,14 +254,16 @@ def _take_steps(
     before, began = trainer.state.elapsed_s, time.perf_counter()
     loss = trainer.evaluate().loss
     took, batch_s = time.perf_counter() - began, trainer.state.elapsed_s - before
-    evaluated = min(train.eval_tokens, counts[1] if counts else train.eval_tokens)
+    batches = train.eval_tokens / batch
+    if counts:  # of a task not all ids are answers: what it evaluates is for its examples to say
+        batches = sum(1 for _ in trainer.valid.in_order(train.batch_size, train.eval_tokens))
     trainer.save(loss, best=True)
     files = (run.path / run_pointer(run.path)["last"]).iterdir()
     on_gpu = trainer.device.type == "cuda"
     return _Measured(
         steps,
         statistics.median(seconds[1:]),
-        batch_s * max(1.0, evaluated / batch),
+        batch_s * max(1.0, batches),
         took - batch_s,
         _peak_bytes(),
         torch.cuda.max_memory_reserved() if on_gpu else None,

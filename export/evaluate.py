@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptrt.errors import DataError, OptionError
+from gptrt.errors import DataError, OptionError, PromptError
 from gptrt.format import MANIFEST_FILE, read_manifest
 from gptrt.generator import Generator
 from gptrt.task import Kind, Task, answer_text
@@ -47,12 +47,14 @@ def evaluate(
     summarization   ROUGE-1, ROUGE-2, ROUGE-L; with `extract` of the likeliest sentence of the text
     lm              perplexity of the answers, their ends included, after their prompts
 
-    Answers are greedy. Raises what `check` does, and OptionError for a generator without a task.
+    Answers are greedy. Raises what `check` and `check_room` do, and OptionError for a generator
+    without a task.
     """
     task = generator.task
     if task is None:
         raise OptionError("a model that was fine-tuned for a task", found="none", do="fine-tune it")
     check(task, examples, extract=extract)
+    check_room(generator, task, examples)
     steps = _Steps(generator, task, batch_size, progress)
     wanted = [example.answers for example in examples]
     if task.kind == "classification":
@@ -87,6 +89,26 @@ def check(task: Task, examples: Sequence[Example], *, extract: bool = False) -> 
         raise OptionError("--extract for summarization", found=task.kind, do="leave it out")
     for module in _MODULES.get(task.kind, ()):
         metrics.imported(module)
+
+
+def check_room(generator: Generator, task: Task, examples: Sequence[Example]) -> None:
+    """Raises DataError, with the numbers of examples, for answers that are judged after a prompt
+    and leave no room for it."""
+    if task.kind != "lm" or not task.prompt:
+        return
+    faults = []
+    for number, example in enumerate(examples, 1):
+        try:
+            _prompt_and_answer(generator, task, example)
+        except PromptError:
+            faults.append(str(number))
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise DataError(
+            f"answers that leave room for the prompt in {generator.decoder.context} tokens",
+            found=f"none in example {', '.join(faults[:8])}{more}",
+            do="shorten these answers, or leave them out",
+        )
 
 
 @dataclass(frozen=True)
@@ -132,15 +154,27 @@ def _classification(steps: _Steps, examples: Sequence[Example]) -> list[Scored]:
 def _answer_nats(generator: Generator, task: Task, example: Example) -> tuple[float, int]:
     """Nats of the best answer, summed over its ids, and their number. Without a prompt the first id
     of it is given, and predicted by nothing."""
-    answer, ends = example.answers[0], list(generator.tokenizer.eos_token_ids[:1])
     if not task.prompt:
-        text = generator.perplexity([*generator.encode(answer), *ends])
+        ids = [*generator.encode(example.answers[0]), *_ends(generator)]
+        text = generator.perplexity(ids)
         return text.nll * text.tokens, text.tokens
-    ids = [*generator.encode(answer_text(answer), whole=False), *ends]
-    room = max(0, generator.decoder.context - len(ids))
-    prompt = task.prompt_ids(example.fields, generator.encode, room)
+    prompt, ids = _prompt_and_answer(generator, task, example)
     (score,) = generator.score(prompt, [ids])
     return -score.total, len(score.ids)
+
+
+def _prompt_and_answer(
+    generator: Generator, task: Task, example: Example
+) -> tuple[list[int], list[int]]:
+    """Raises PromptError where the best answer, with its end, leaves no room."""
+    answer = generator.encode(answer_text(example.answers[0]), whole=False)
+    ids = [*answer, *_ends(generator)]
+    room = max(0, generator.decoder.context - len(ids))
+    return task.prompt_ids(example.fields, generator.encode, room), ids
+
+
+def _ends(generator: Generator) -> list[int]:
+    return list(generator.tokenizer.eos_token_ids[:1])
 
 
 # --- models side by side ------------------------------------------------------------------------
@@ -213,6 +247,10 @@ def compare(
     examples = {path: spread(read(task), limit) for path, task in tasks.items()}
     for path, task in tasks.items():
         check(task, examples[path], extract=extract)
+    if taught.kind == "lm":  # whose answers are as long as they like
+        for path, task in tasks.items():
+            with open_model(Path(path), task) as generator:
+                check_room(generator, task, examples[path])
     scores = {}
     for number, (path, task) in enumerate(tasks.items()):
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptrt.architecture import ModelConfig
-from gptrt.errors import CheckpointError
+from gptrt.errors import CheckpointError, OptionError
 
 from .checkpoint import Checkpoint
 
@@ -21,13 +21,12 @@ def with_padded_heads(checkpoint: Checkpoint) -> Checkpoint:
     Raises CheckpointError for a model that was trained for the rounding of the blocks it has.
     """
     config = checkpoint.config
-    multiple = 16 if config.positions == "rotary" else 8
-    size = -(-config.head_dim // multiple) * multiple
+    size = padded_size(config)
     if size == config.head_dim:
         return checkpoint
     if checkpoint.rounding is not None:
         raise CheckpointError(
-            f"a head_dim that is a multiple of {multiple}, to store blocks as they were trained",
+            f"a head_dim that is a multiple of {_multiple(config)}, to store blocks as trained",
             found=str(config.head_dim),
             do="convert the checkpoint that it was trained from",
         )
@@ -38,6 +37,25 @@ def with_padded_heads(checkpoint: Checkpoint) -> Checkpoint:
         name: _pad(name, tensor, config, at, size) for name, tensor in checkpoint.state.items()
     }
     return replace(checkpoint, config=padded, state=state)
+
+
+def check_unpadded(config: ModelConfig) -> None:
+    """Raises OptionError for a model whose blocks would not be stored as they were trained."""
+    if padded_size(config) != config.head_dim:
+        raise OptionError(
+            f"a head_dim that is a multiple of {_multiple(config)}, to train for the rounding",
+            found=str(config.head_dim),
+            do="leave --quantize out: `convert` rounds such a model as it is",
+        )
+
+
+def padded_size(config: ModelConfig) -> int:
+    """The head_dim that such a model has in a bundle."""
+    return -(-config.head_dim // _multiple(config)) * _multiple(config)
+
+
+def _multiple(config: ModelConfig) -> int:
+    return 16 if config.positions == "rotary" else 8
 
 
 def _places(config: ModelConfig, size: int) -> Tensor:

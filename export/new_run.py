@@ -38,7 +38,7 @@ from .runs import (
     as_json,
     open_run,
 )
-from .tokenization import TokenizerConfig, special_ids, train_tokenizer
+from .tokenization import TokenizerConfig, rows_for, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 
 _HELD_OUT = 0.1
@@ -100,7 +100,7 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         if plan.recipe is not None and plan.recipe.projects(model):
             model, weights = project(model, weights)
     else:
-        model = replace(plan.start, vocab_size=tokenizer.get_vocab_size())
+        model = replace(plan.start, vocab_size=rows_for(tokenizer))
         torch.manual_seed(plan.train.seed)
         weights = GPT(model).state_dict()
     lineage = _lineage(base, plan, counts)

@@ -34,7 +34,7 @@ class OptimizerConfig:
     kind: Literal["muon", "adamw"] = "muon"
     lr: float = bounded(0.0, 10.0, default=3e-3)
     matrix_lr: float = bounded(0.0, 10.0, default=0.02)
-    position_lr: float = bounded(0.0, 10.0, default=0.004)
+    position_lr: float = bounded(0.0, 10.0, default=0.006)
     scale_lr: float = bounded(0.0, 10.0, default=1e-3)
     position_pull: float = bounded(0.0, 1.0, default=5e-4)
     weight_decay: float = bounded(0.0, 10.0, default=0.1)

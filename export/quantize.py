@@ -37,7 +37,7 @@ HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bi
 # of any text. Their rows at 8 bits undo two thirds of what a head of 4 bits costs, for an eighth of
 # what a head of 8 bits would.
 _FREQUENT_SHARE, _FREQUENT_BITS = 8, 8
-_LEAST_TO_SPLIT = 1024  # rows: below, all are frequent
+_LEAST_TO_SPLIT = 1024  # rows: below, all are as good as frequent, whatever their order
 _ROWS_TOGETHER = 32  # of a part that is as large as a budget allows: kernels take them in groups
 
 # Weights that share a scale, by the bits of most matrices, in wide models and in narrow ones. At 8
@@ -138,7 +138,7 @@ class Recipe:
         if not budget >= least:  # nor is NaN
             raise too_few_bits(least, budget)
         room = min(1.0, (budget - least) / (most - least))
-        groups = int(room * rows) // _ROWS_TOGETHER
+        groups = int(room * rows) // _ROWS_TOGETHER if rows >= _LEAST_TO_SPLIT else 0
         return self._formats(config, rows if room == 1.0 else groups * _ROWS_TOGETHER)
 
     def _formats(self, config: ModelConfig, frequent: int) -> Formats:
@@ -204,12 +204,17 @@ def average_bits(config: ModelConfig, formats: Mapping[str, BlockFormat]) -> flo
     """Bits a weight over all parameters, scales included, vectors at their 32 bits. Projections and
     the zeros of padded heads are no parameters of the model: those that it has bear their bits."""
     shapes = matrix_shapes(config)
-    own = replace(config, projected=False, head_dim=config.true_head_dim or config.head_dim)
     bits = 32.0 * _count_parameters(config)
     for name, fmt in formats.items():
         rows, columns = shape_of(name, shapes[parameter_of(name)])
         bits += rows * columns * (fmt.bits_per_weight(columns) - 32)
-    return bits / _count_parameters(own)
+    return bits / own_parameters(config)
+
+
+def own_parameters(config: ModelConfig) -> int:
+    """How many the model has itself: projections and the zeros of padded heads are not counted."""
+    own = replace(config, projected=False, head_dim=config.true_head_dim or config.head_dim)
+    return _count_parameters(own)
 
 
 def _count_parameters(config: ModelConfig) -> int:

@@ -17,6 +17,7 @@ from gptrt.schema import decode
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .data import find_texts
+from .heads import check_unpadded
 from .new_run import RunPlan
 from .optimizer import OptimizerConfig
 from .presets import Preset, load_preset, preset_names
@@ -60,7 +61,11 @@ def plan_run(
     train = train if recipe is None else for_rounding(train)
     train = with_settings(train, settings)
     check_context(train, model)
-    if recipe is not None:
+    if recipe is not None and start is not None:
+        check_unpadded(model)
+        if recipe.projection is False:  # also of what an earlier training has given it
+            start = start.alone().plain()
+            model = start.config
         recipe.check(model)
     if train.prompt_share:
         raise OptionError(
@@ -146,10 +151,17 @@ def fine_tuning(model: ModelConfig) -> TrainConfig:
 
 def for_rounding(train: TrainConfig) -> TrainConfig:
     """A trained model knows what it is to predict; only what rounding changed is to be undone. So
-    nearly all of the loss is the divergence from what it was, and nothing shrinks."""
+    nearly all of the loss is the divergence from what it was, and nothing shrinks. It is steps that
+    count, more than tokens, so that each takes few."""
     optimizer = replace(train.optimizer, lr=3e-4, weight_decay=0.0)
     return replace(
-        train, distill=100.0, average=0.99, patience=None, eval_every=200, optimizer=optimizer
+        train,
+        batch_size=4,
+        distill=100.0,
+        average=0.99,
+        patience=None,
+        eval_every=200,
+        optimizer=optimizer,
     )
 
 

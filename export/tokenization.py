@@ -169,19 +169,28 @@ def save_tokenizer(
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizer.json`. Raises CheckpointError."""
+    """A `tokenizer.json`, to be used on whole texts: where it cuts or fills up what it is given to
+    a length, it does so no more. Raises CheckpointError."""
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as e:  # the library raises plain Exception
         raise CheckpointError(f"a tokenizer in {path}", found=str(e), do="restore it") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def ids_without_rows(tokenizer: Tokenizer | None, vocab_size: int) -> list[str]:
     """A fault if a tokenizer has ids that a vocabulary matrix of so many rows does not."""
-    highest = max(tokenizer.get_vocab().values(), default=0) if tokenizer else 0
-    if highest < vocab_size:
+    rows = rows_for(tokenizer) if tokenizer else 0
+    if rows <= vocab_size:
         return []
-    return [f"the tokenizer has ids up to {highest}, vocab_size is {vocab_size}"]
+    return [f"the tokenizer has ids up to {rows - 1}, vocab_size is {vocab_size}"]
+
+
+def rows_for(tokenizer: Tokenizer) -> int:
+    """Of a vocabulary matrix that has one for every id, also where ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:

@@ -314,6 +314,18 @@ def test_the_perplexity_of_an_answer_is_that_of_its_ids_and_its_end(run: Run, pr
     assert found.value == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
 
 
+def test_answers_that_leave_no_room_for_the_prompt_are_named_before_any_is_judged(
+    run: Run, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.jsonl"
+    answers = ("a king.", "a king. " * 99, "a queen.", "a bird. " * 99)
+    rows = ({"text": "The old", "answer": answer} for answer in answers)
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--task", "lm", "--prompt", "{text} is", "--answer", "answer")
+    result = run_cli(gptrt_export, "evaluate", run.path, "--data", table, *asked)
+    assert_refused(result, "room for the prompt in 64 tokens", "example 2, 4;")
+
+
 def test_labels_that_the_task_has_not_are_no_zero_but_an_error() -> None:
     with pytest.raises(DataError, match="labels glad, sad; found 0, 1; name them with --label"):
         evaluate(FakeGenerator({}, task=MOODS), moods(("ha", "1"), ("oh", "0")))
@@ -403,6 +415,7 @@ def test_json_has_the_same_in_one_object(taught: tuple[Path, Path, Path]) -> Non
         (["--data", "{table}", "--task", "translation"], "classification, translation"),
         (["--data", "{table}", "--task", "classification", "--prompt", "no field"], "--prompt"),
         (["--data", "{table}", "--out", "/no/such/folder/table.md"], "/no/such/folder"),
+        (["--data", "{table}", "--out", "/tmp"], "the folder /tmp"),
         (["nowhere", "--data", "{table}"], "checkpoint in nowhere"),
     ],
 )

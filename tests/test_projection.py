@@ -171,6 +171,17 @@ def trained_for_rounding(
     return made
 
 
+def test_a_basis_from_an_earlier_training_goes_if_there_is_to_be_none(
+    trained_for_rounding: Run, text_file: Path
+) -> None:
+    for told, projected in ((None, True), (False, False)):
+        recipe = recipe_to_train("int4", 16, None, told)
+        source = trained_for_rounding.path
+        plan = plan_run(None, source, [text_file], [], "cpu", {}, None, recipe)
+        assert isinstance(plan.start, Checkpoint)
+        assert plan.start.config.projected is projected
+
+
 def test_training_for_rounding_keeps_the_basis_and_other_software_sees_a_plain_model(
     trained_for_rounding: Run, tmp_path: Path
 ) -> None:

@@ -39,7 +39,6 @@ from export.start import plan_run
 from export.texts import TextFiles, choose_texts
 from export.train import train
 from export.vocabulary import RowCosts
-from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
 from gptrt.format import read_manifest
 
@@ -364,11 +363,12 @@ def test_a_bundle_has_the_bits_that_its_model_was_trained_for_without_being_told
     assert (manifest.quantization.mode, manifest.quantization.bits) == ("int2", 2)
 
 
-@pytest.mark.parametrize("shape", [GPT2_SHAPE, replace(GPT2_SHAPE, tied=False)])
+@pytest.mark.parametrize("tied", [True, False])
 def test_what_a_budget_leaves_is_for_the_rows_of_the_most_frequent_tokens(
-    shape: ModelConfig,
+    tied: bool,
 ) -> None:
     """As many as there is room for, and no more."""
+    shape = replace(GPT2_SHAPE, vocab_size=2000, tied=tied)
     head = "wte.weight" if shape.tied else "lm_head.weight"
     least, most = (
         average_bits(shape, Recipe("int4", block_size=32, head_bits=bits).formats(shape))
@@ -394,6 +394,16 @@ def test_what_a_budget_leaves_is_for_the_rows_of_the_most_frequent_tokens(
             assert average_bits(shape, larger) > budget
     assert found[0.0] == 0 and found[1.0] == found[2.0] == shape.vocab_size
     assert 0 < found[0.3] < found[0.6] < shape.vocab_size
+
+
+def test_a_small_vocabulary_whose_order_says_nothing_is_not_divided_by_a_budget() -> None:
+    least, most = (
+        average_bits(GPT2_SHAPE, Recipe("int4", block_size=32, head_bits=bits).formats(GPT2_SHAPE))
+        for bits in (4, 8)
+    )
+    for budget, bits in ((least, 4), ((least + most) / 2, 4), (most, 8)):
+        recipe = Recipe("int4", block_size=32, bits_per_weight=budget)
+        assert recipe.formats(GPT2_SHAPE)["wte.weight"].bits == bits
 
 
 @pytest.mark.parametrize(
@@ -513,6 +523,11 @@ def test_options_that_do_not_go_together_are_refused_before_any_work(
             "--out", tmp_path / "run",
         )  # fmt: skip
         assert_refused(result, word)
+    result = run_cli(
+        *(gptrt_export, "train", "--from", odd, "--data", text_file, "--quantize", "int4"),
+        *("--out", tmp_path / "run"),
+    )
+    assert_refused(result, "head_dim", "multiple of 16", "20")
     for word, *options in (
         ("--bits-per-weight of at least", "--bits-per-weight", 4.1),
         ("--bits-per-weight of at least", "--bits-per-weight", "nan"),

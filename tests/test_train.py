@@ -386,6 +386,45 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order() -> Non
     assert epochs[0][:, 0].tolist() != epochs[1][:, 0].tolist()
 
 
+def test_a_tokenizer_that_cuts_texts_and_fills_them_up_reads_them_whole(
+    run: Run, text_file: Path, tmp_path: Path
+) -> None:
+    source, counts = tmp_path / "model", []
+    shutil.copytree(run.last_folder, source)
+    written = json.loads((source / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    filled = {"strategy": {"Fixed": 9999}, "direction": "Right", "pad_to_multiple_of": None}
+    filled |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    for name, setting in (
+        ("plain", {}),
+        ("cut", {"truncation": cut}),
+        ("filled", {"padding": filled}),
+    ):
+        (source / "tokenizer.json").write_text(json.dumps(written | setting))
+        plan = plan_run(None, source, [text_file], [], "cpu", {"seq_len": "32"})
+        made = create_run(tmp_path / name, plan)
+        counts.append((len(open_ids(made.train_ids)), len(open_ids(made.valid_ids))))
+    assert counts[0] == counts[1] == counts[2]
+    assert sum(counts[0]) > 1000
+
+
+def test_a_vocabulary_has_a_row_for_every_id_also_where_ids_have_gaps(
+    text_file: Path, tmp_path: Path
+) -> None:
+    words = sorted({*story(50).split(), "<|endoftext|>"})
+    written = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    vocabulary = {word: 3 * n for n, word in enumerate(words)}
+    written["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": words[0]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    result = run_cli(
+        *(gptrt_export, "train", "--preset", "nano-char", "--data", text_file),
+        *("--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "run"),
+        *("--set", "seq_len=32", "--max-steps", 1, "--device", "cpu"),
+    )
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(tmp_path / "run").config.vocab_size == 3 * len(words) - 2
+
+
 def test_gpt2_style_merges_and_vocabulary_make_a_tokenizer(tmp_path: Path) -> None:
     from export.tokenization import open_tokenizer
 
