@@ -59,6 +59,11 @@ def choice(task: Task | None, labels: Sequence[str] | None, prompt: str | None) 
     """What `classify` asks of a bundle with this task. Raises OptionError."""
     if isinstance(labels, str):
         raise OptionError("a list of labels", found=repr(labels)[:60], do="put them into one")
+    texts = [*(labels or ()), *([] if prompt is None else [prompt])]
+    if other := [text for text in texts if not isinstance(text, str)]:
+        raise OptionError(
+            "labels and a prompt that are texts", found=repr(other[0])[:60], do="write them out"
+        )
     if prompt is None and task is not None and task.kind == "classification":
         chosen = tuple(task.labels if labels is None else labels)
         unknown = [label for label in chosen if label not in task.labels]

@@ -125,7 +125,7 @@ class Calls:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.shelf = Shelf(decoder, limit=limit, keep=reuse != "none")
         self._draft, self._reuse = draft, reuse
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is collected ends in any thread
         self.listed: set[Interrupt] = set()
 
     # --- before -----------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def source(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_regex(constraint.text)
     if isinstance(constraint, Grammar):
         return LLMatcher.grammar_from_lark(constraint.text)
-    schema = each_part(json.loads(constraint.text), _with_short_names)
+    schema = each_part(json.loads(constraint.text), _as_it_can_be_kept)
     if isinstance(schema, bool):
         schema = {} if schema else {"anyOf": [False]}
     layout = _LAYOUT if "\\u" in constraint.text else _LAYOUT | _ESCAPES
@@ -101,6 +101,24 @@ def each_part(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -
         elif key not in _VALUES:
             inner[key] = each_part(value, change)
     return change(inner)
+
+
+def _as_it_can_be_kept(schema: dict[str, Any]) -> dict[str, Any]:
+    _check_names(schema)
+    return _with_short_names(schema)
+
+
+def _check_names(schema: dict[str, Any]) -> None:
+    """llguidance counts properties as they are written: where names are free, the same one again
+    and again would do, of which a reader keeps the last."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    known = len(set(map(str, required))) if isinstance(required, list) else 0
+    free = schema.get("additionalProperties", True) is not False or schema.get("patternProperties")
+    if free and isinstance(least, int) and least > known + 1:
+        raise refused(
+            f"minProperties of at most {known + 1}, one more than required, where names are free",
+            f"{least}",
+        )
 
 
 def _with_short_names(schema: dict[str, Any]) -> dict[str, Any]:

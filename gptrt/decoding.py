@@ -131,7 +131,8 @@ class Reading:
             part, kept = list(ids[begin:end]), max(begin, min(first, end - 1))
             logits = self.decoder.run([part], row.cache, keep=end - kept, interrupt=self.interrupt)
             row.ids += part
-            row.exact = end & ~1
+            if row.exact == begin:  # behind what single steps wrote, nothing is exact
+                row.exact = end & ~1
             if self.progress is not None:
                 self.progress(end, len(ids))
             if end > first:

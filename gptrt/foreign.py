@@ -6,6 +6,7 @@ only what it cannot say: the context, the ids that end a text, where the graph l
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from gptrt.format import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
     Bundle,
+    describe_file,
 )
 from gptrt.schema import read_json
 from gptrt.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ GRAPHS = tuple(
         *("model_quantized", "decoder_model_merged_quantized", "model_int8", "model_fp16"),
     )
 )
+_OF_WEIGHTS = {".data", ".onnx_data", ".bin"}
 _GENAI_KEYS = {"head_size": "head_dim", "num_key_value_heads": "num_key_value_heads"}
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
 
@@ -95,6 +98,18 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
     if any(type(token) is not int or token < 0 for token in eos):
         raise BundleError(f"ids as eos_token_id in {folder}", found=repr(eos), do="correct them")
     return ForeignFolder(folder, graph, context, tuple(eos), config)
+
+
+def digest_of(folder: ForeignFolder) -> str:
+    """One sha256 for the graph, the files beside it that may hold its weights, and all settings:
+    where any of them changes, it is another model."""
+    beside = (p for p in folder.graph.parent.iterdir() if p.suffix in _OF_WEIGHTS)
+    settings = (p for p in folder.path.iterdir() if p.suffix == ".json")
+    files = sorted({folder.graph, *beside, *settings})
+    whole = hashlib.sha256()
+    for path in filter(Path.is_file, files):
+        whole.update(f"{path.name} {describe_file(path).sha256}\n".encode())
+    return whole.hexdigest()
 
 
 def folder_of(bundle: Bundle) -> ForeignFolder:

@@ -4,8 +4,9 @@ prompt and for many; the loop beneath them is in `decoding`."""
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from gptrt.answers import Labelled, choice, classify, likeliest_sentence, question, required
 from gptrt.asked import (
     Configs,
+    check_controls,
     check_several,
     for_each,
     for_one,
@@ -143,9 +145,9 @@ class Generator:
         if reuse not in ("exact", "all", "none"):
             raise OptionError('reuse "exact", "all" or "none"', found=repr(reuse), do="choose one")
         self._tokenizer, self._task = tokenizer, task
-        self._calls: Calls | None = Calls(
-            decoder, tokenizer, draft=draft, reuse=reuse, limit=cache_limit
-        )
+        calls = Calls(decoder, tokenizer, draft=draft, reuse=reuse, limit=cache_limit)
+        self._calls: Calls | None = calls
+        self._under_way = weakref.ref(calls)  # what streams that outlive `close` belong to
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -159,11 +161,12 @@ class Generator:
     @property
     def calls(self) -> Calls:
         """Raises GptrtError once the generator is closed."""
-        if self._calls is None:
+        calls = self._calls  # once: another thread may close the generator meanwhile
+        if calls is None:
             raise GptrtError(
                 "an open Generator", found="one that was closed", do="make a new Generator"
             )
-        return self._calls
+        return calls
 
     @property
     def decoder(self) -> Runner:
@@ -177,8 +180,9 @@ class Generator:
     def cancel(self) -> None:
         """End every call that is under way, from any thread: each gives what it has; those that
         would give a part of nothing, as `classify` and `score`, raise CancelledError."""
-        if self._calls is not None:
-            self._calls.cancel()
+        calls = self._under_way()
+        if calls is not None:
+            calls.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -378,8 +382,10 @@ class Generator:
         """The logits after each of `positions` of the prompt's ids, float32 [positions, vocab]; of
         the last one, if none are given. Raises OptionError for a position that there is not."""
         ids = self._checked(self.encode(prompt))
-        wanted = [len(ids) - 1] if positions is None else list(positions)
-        if not wanted or not all(type(at) is int and 0 <= at < len(ids) for at in wanted):
+        wanted: list[int] = []
+        with suppress(TypeError):  # of what is no list of whole numbers
+            wanted = [len(ids) - 1] if positions is None else list(map(operator.index, positions))
+        if not wanted or not all(0 <= at < len(ids) for at in wanted):
             raise OptionError(
                 f"positions from 0 to {len(ids) - 1}", found=repr(positions)[:60], do="correct them"
             )
@@ -531,6 +537,7 @@ def _stream(calls: Calls, call: Call, slab: Slab | None = None) -> Stream:
 def _linked(options: dict[str, Any]) -> Iterator[Cancellation]:
     """A cancellation of one's own in `options`, which that of the caller's ends too."""
     stop, given = Cancellation(), options.get("cancellation")
+    check_controls(given, options.get("progress"))
     options["cancellation"] = stop
     if given is not None:
         given.link(stop.stop)

@@ -29,7 +29,7 @@ class Cancellation:
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is collected unlinks in any thread
         self._linked: list[Callable[[Reason], None]] = []
 
     def cancel(self) -> None:

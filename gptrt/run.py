@@ -184,7 +184,7 @@ def _source(path: Path) -> tuple[Task | None, str]:
         from gptrt import foreign  # an import that bundles need not wait for
 
         if foreign.is_foreign(path):
-            return None, describe_file(foreign.open_foreign(path).graph).sha256
+            return None, foreign.digest_of(foreign.open_foreign(path))
     task = read_manifest(path).task
     return task, describe_file(path / MANIFEST_FILE).sha256
 
@@ -273,7 +273,9 @@ def _unusable(generator: Generator, plan: Plan, config: GenerationConfig, row: R
             calls.prepare([encode(row.values[PROMPT])], [config])
         else:
             room = 1 if task.kind == "classification" else config.max_new_tokens
-            question(calls, encode, task, row.values, room)
+            ids = question(calls, encode, task, row.values, room)
+            if task.kind != "classification":
+                calls.prepare([ids], [config])
     except PromptError as e:
         return f"{e.found}, wanted {e.wanted}"
     return None

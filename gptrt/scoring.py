@@ -53,7 +53,8 @@ def perplexity(
     context = decoder.context
     window = context if window is None else window
     stride = window if stride is None else stride
-    if not 1 <= stride <= window <= context:
+    whole = isinstance(stride, int) and isinstance(window, int)
+    if not whole or not 1 <= stride <= window <= context:
         raise OptionError(
             f"1 <= stride <= window <= {context}",
             found=f"stride {stride}, window {window}",
@@ -71,7 +72,10 @@ def perplexity(
 
 
 def _checked(ids: Sequence[int] | NDArray[np.integer[Any]], vocab_size: int) -> Ids:
-    text = np.asarray(ids, np.int64)
+    try:
+        text = np.asarray(ids, np.int64)
+    except OverflowError:  # of an id that no model has
+        text = np.full(len(ids), -1)
     if len(text) < 2 or not 0 <= text.min() <= text.max() < vocab_size:
         raise DataError(
             f"text of two tokens or more, ids from 0 to {vocab_size - 1}",

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from gptrt.asked import check_controls, config_of, refuse_many
 from gptrt.calls import check_prompt
 from gptrt.config import GenerationConfig
 from gptrt.decoding import Progress, Slab
-from gptrt.errors import PromptError, SessionError, TargetError, first_line
+from gptrt.errors import GptrtError, PromptError, SessionError, TargetError, first_line
 from gptrt.generator import Generator, Prompt
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
 from gptrt.results import Generation
@@ -82,6 +83,7 @@ class Session:
         self._generator = generator
         self._ids: list[int] = []
         self._slab: Slab | None = None
+        self._stream: weakref.ref[Stream] | None = None  # the latest
         self._busy = threading.Lock()
 
     @property
@@ -163,7 +165,9 @@ class Session:
         def result() -> Generation:
             return results[0]() if results else Generation("", self.ids, (), "cancelled")
 
-        return Stream(pieces(), result)
+        stream = Stream(pieces(), result)
+        self._stream = weakref.ref(stream)
+        return stream
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` ids. Raises PromptError if there are fewer."""
@@ -191,13 +195,18 @@ class Session:
         """Let go of its memory. The text stays, and is read again if it is needed."""
         with self._alone():
             if self._slab is not None:
-                self._generator.calls.shelf.take_back(self._slab)
+                with suppress(GptrtError):  # of a closed generator, which keeps nothing
+                    self._generator.calls.shelf.take_back(self._slab)
                 self._slab = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        stream = None if self._stream is None else self._stream()
+        if stream is not None:  # that was left, by an exception perhaps, which is to be seen
+            with suppress(ValueError):  # in another thread: `close` says so
+                stream.close()
         self.close()
 
     # --- on disk ----------------------------------------------------------------------------------

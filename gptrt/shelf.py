@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from gptrt.decoding import Reading, Runner, Slab
 from gptrt.errors import MemoryLimitError
@@ -17,6 +18,10 @@ _GRAIN = 64  # positions: a call that is a little longer finds room in what is k
 class Shelf:
     """The caches of one decoder. Threads may share it.
 
+    A call may end wherever Python collects a stream that somebody left: also within one of these
+    methods, in the thread that is in it. So what comes back waits for nobody: it lies ready until
+    whoever has the lock puts it away.
+
     `limit` bounds the bytes of all that is lent and kept together; what is kept makes room first.
     Without `keep` nothing is kept.
     """
@@ -25,6 +30,7 @@ class Shelf:
         self._decoder, self._limit, self._keep = decoder, limit, keep
         self._kept: list[Slab] = []  # of one row each, the longest unused first
         self._lent: weakref.WeakSet[Slab] = weakref.WeakSet()  # also what was never given back
+        self._back: deque[tuple[Slab, bool]] = deque()  # and whether it may be kept
         self._lock = threading.Lock()
 
     @property
@@ -35,7 +41,7 @@ class Shelf:
     def lend(self, capacity: int, batch: int = 1) -> Slab:
         """An empty slab, for so many positions or a little more. Raises MemoryLimitError."""
         capacity = min(-(-capacity // _GRAIN) * _GRAIN, self._decoder.context)
-        with self._lock:
+        with self._alone():
             self._make_room(capacity, batch)
             slab = Slab(self._decoder.new_cache(capacity, batch))
             self._lent.add(slab)
@@ -44,7 +50,7 @@ class Shelf:
     def lend_for(self, ids: Sequence[int], capacity: int, reading: Reading) -> Slab:
         """A slab of one row, with what some earlier call has read of `ids` already."""
         capacity = min(capacity, self._decoder.context)
-        with self._lock:
+        with self._alone():
             best = max(self._kept, key=lambda kept: reading.usable(kept.rows[0], ids), default=None)
             common = reading.usable(best.rows[0], ids) if best else 0
             if best is not None and common:
@@ -70,21 +76,41 @@ class Shelf:
 
     def take_back(self, slab: Slab) -> None:
         """The call is over. One row is kept for the next call, a batch is not."""
-        with self._lock:
-            self._lent.discard(slab)
-            if self._keep and len(slab.rows) == 1:
-                self._kept.append(slab)
-                del self._kept[:-_KEPT]
+        self._back.append((slab, self._keep and len(slab.rows) == 1))
+        self._put_away()
 
     def forget(self) -> None:
         """Keep nothing: the next call begins as the first one did."""
-        with self._lock:
+        with self._alone():
             self._kept.clear()
 
     def drop(self, slab: Slab) -> None:
         """It is not needed any more, nor is what it holds."""
+        self._back.append((slab, False))
+        self._put_away()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         with self._lock:
+            self._take_in()
+            yield
+        self._put_away()
+
+    def _put_away(self) -> None:
+        """What came back, unless somebody has the lock, who will do so."""
+        while self._back and self._lock.acquire(blocking=False):
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
+
+    def _take_in(self) -> None:
+        while self._back:
+            slab, keep = self._back.popleft()
             self._lent.discard(slab)
+            if keep:
+                self._kept.append(slab)
+                del self._kept[:-_KEPT]
 
     def _make_room(self, capacity: int, batch: int) -> None:
         if self._limit is None:
