@@ -375,6 +375,7 @@ def test_forced_ids_are_those_of_the_tokenizer() -> None:
     [
         (lambda: JsonSchema({"type": "objekt"}), "Invalid type: objekt"),
         (lambda: JsonSchema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (lambda: JsonSchema({"type": "object", "minProperties": 2}), "minProperties"),
         (lambda: JsonSchema(False), "schema is false"),
         (lambda: JsonSchema({"type": "string", "pattern": "a(?=b)"}), "look-around"),
         (lambda: JsonSchema({"$ref": "#/$defs/none"}), "does not exist"),

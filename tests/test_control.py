@@ -268,6 +268,41 @@ def test_what_is_kept_for_later_makes_room() -> None:
         generator.generate(prompt, max_new_tokens=100)
 
 
+def test_a_stream_that_is_collected_in_the_middle_of_another_call_blocks_nobody() -> None:
+    """Python may end a stream that was left wherever it likes: here, while a cache is lent."""
+    decoder, left = FakeDecoder(noise, context=256), []
+    generator = Generator.from_parts(decoder, byte_tokenizer())
+    made = decoder.new_cache
+
+    def new_cache(*args: Any) -> Any:
+        while left:
+            left.pop().close()
+        return made(*args)
+
+    decoder.new_cache = new_cache  # type: ignore[method-assign]
+    for n in range(3):
+        stream = generator.stream("once", max_new_tokens=9)
+        next(stream)
+        left.append(stream)
+        del stream
+        done = threading.Thread(target=generator.generate, args=(f"{n}",), daemon=True)
+        done.start()
+        done.join(60)
+        assert not done.is_alive()
+        assert not left and generator.calls.shelf.lent == 0
+
+
+def test_cancelling_reaches_streams_that_outlive_the_generator() -> None:
+    generator = Generator.from_parts(FakeDecoder(noise, context=256), byte_tokenizer())
+    stream = generator.stream("once", max_new_tokens=9, min_new_tokens=9)
+    next(stream)
+    generator.close()
+    generator.cancel()
+    for _ in stream:
+        pass
+    assert stream.result.finish_reason == "cancelled"
+
+
 def test_caches_are_as_large_as_the_request(bundle: Path) -> None:
     generator = Generator(bundle, device="cpu", threads=1, reuse="none")
     stream = generator.stream("The king", max_new_tokens=5)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -82,6 +82,38 @@ def test_a_stream_that_is_left_keeps_what_came() -> None:
     assert session.text == "abc"
     assert session.stream().result.ids == ()  # never begun, nothing taken
     session.append("x")
+
+
+def test_an_exception_beside_a_stream_that_was_left_is_the_one_that_is_seen() -> None:
+    generator = Generator.from_parts(FakeDecoder(noise, context=64), byte_tokenizer())
+    with pytest.raises(KeyError), Session(generator) as session:
+        session.append("once")
+        stream = session.stream(max_new_tokens=20)
+        next(stream)
+        raise KeyError
+    assert len(session) > len("once") and generator.calls.shelf.lent == 0
+    with Session(generator) as session:
+        session.append("once")
+        generator.close()
+    assert len(session) == len("once")
+
+
+@pytest.mark.parametrize("reuse", ["exact", "all"])
+def test_what_single_steps_wrote_is_never_saved_as_exact(
+    bundle: Path, tmp_path: Path, reuse: Literal["exact", "all"]
+) -> None:
+    exact = Generator(bundle, device="cpu", threads=1)
+    maker = Generator(bundle, device="cpu", threads=1, reuse=reuse)
+    with Session(maker) as session:
+        session.append("The old king said to the")
+        session.generate(max_new_tokens=9, min_new_tokens=9)
+        session.append(" young queen")
+        session.save(tmp_path / "session")
+    loaded = Session.load(exact, tmp_path / "session")
+    asked = {"max_new_tokens": 3, "logprobs": True, "min_new_tokens": 3}
+    wanted = Generator(bundle, device="cpu", threads=1).complete(loaded.ids, **asked)
+    found = loaded.complete(**asked)
+    assert (found.ids, found.logprobs) == (wanted.ids, wanted.logprobs)
 
 
 def test_the_policy_for_a_full_context_is_the_sessions_own() -> None:
