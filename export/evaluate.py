@@ -247,8 +247,7 @@ def compare(
     examples = {path: spread(read(task), limit) for path, task in tasks.items()}
     for path, task in tasks.items():
         check(task, examples[path], extract=extract)
-    if taught.kind == "lm":  # whose answers are as long as they like
-        for path, task in tasks.items():
+        if task.kind == "lm" and task.prompt:  # whose answers are as long as they like
             with open_model(Path(path), task) as generator:
                 check_room(generator, task, examples[path])
     scores = {}

@@ -21,7 +21,7 @@ def with_padded_heads(checkpoint: Checkpoint) -> Checkpoint:
     Raises CheckpointError for a model that was trained for the rounding of the blocks it has.
     """
     config = checkpoint.config
-    size = padded_size(config)
+    size = _padded_size(config)
     if size == config.head_dim:
         return checkpoint
     if checkpoint.rounding is not None:
@@ -41,7 +41,7 @@ def with_padded_heads(checkpoint: Checkpoint) -> Checkpoint:
 
 def check_unpadded(config: ModelConfig) -> None:
     """Raises OptionError for a model whose blocks would not be stored as they were trained."""
-    if padded_size(config) != config.head_dim:
+    if _padded_size(config) != config.head_dim:
         raise OptionError(
             f"a head_dim that is a multiple of {_multiple(config)}, to train for the rounding",
             found=str(config.head_dim),
@@ -49,7 +49,7 @@ def check_unpadded(config: ModelConfig) -> None:
         )
 
 
-def padded_size(config: ModelConfig) -> int:
+def _padded_size(config: ModelConfig) -> int:
     """The head_dim that such a model has in a bundle."""
     return -(-config.head_dim // _multiple(config)) * _multiple(config)
 

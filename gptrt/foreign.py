@@ -101,11 +101,11 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
 
 
 def digest_of(folder: ForeignFolder) -> str:
-    """One sha256 for the graph, the files beside it that may hold its weights, and all settings:
+    """One sha256 for the graph, the files beside it that may hold its weights, and the settings:
     where any of them changes, it is another model."""
     beside = (p for p in folder.graph.parent.iterdir() if p.suffix in _OF_WEIGHTS)
-    settings = (p for p in folder.path.iterdir() if p.suffix == ".json")
-    files = sorted({folder.graph, *beside, *settings})
+    names = (CONFIG_FILE, GENERATION_CONFIG_FILE, GENAI_CONFIG_FILE, TOKENIZER_FILE)
+    files = sorted({folder.graph, *beside, *(folder.path / name for name in names)})
     whole = hashlib.sha256()
     for path in filter(Path.is_file, files):
         whole.update(f"{path.name} {describe_file(path).sha256}\n".encode())

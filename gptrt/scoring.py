@@ -53,7 +53,7 @@ def perplexity(
     context = decoder.context
     window = context if window is None else window
     stride = window if stride is None else stride
-    whole = isinstance(stride, int) and isinstance(window, int)
+    whole = all(isinstance(value, int | np.integer) for value in (stride, window))
     if not whole or not 1 <= stride <= window <= context:
         raise OptionError(
             f"1 <= stride <= window <= {context}",

@@ -91,10 +91,12 @@ class Shelf:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with self._lock:
-            self._take_in()
-            yield
-        self._put_away()
+        try:
+            with self._lock:
+                self._take_in()
+                yield
+        finally:
+            self._put_away()
 
     def _put_away(self) -> None:
         """What came back, unless somebody has the lock, who will do so."""

@@ -19,7 +19,7 @@ from export.runs import Run
 from gptrt.constraint import Regex
 from gptrt.decoder import Decoder
 from gptrt.errors import BundleError, PromptError
-from gptrt.foreign import open_foreign
+from gptrt.foreign import digest_of, open_foreign
 from gptrt.foreign_decoder import ForeignDecoder
 from gptrt.format import open_bundle
 from gptrt.generator import Generator
@@ -167,6 +167,20 @@ def test_that_nothing_is_checked_is_said(exact: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="is not checked") as warned:
         Generator(folder / "model.onnx", device="cpu").close()
     assert [Path(w.filename).name for w in warned] == [Path(__file__).name]
+
+
+def test_one_digest_stands_for_all_that_makes_the_model(exact: Path, tmp_path: Path) -> None:
+    folder = without_manifest(exact, tmp_path / "theirs")
+    before = digest_of(open_foreign(folder))
+    for name in ("out.jsonl", "out.jsonl.partial.json"):
+        (folder / name).write_text("{}")
+        assert digest_of(open_foreign(folder)) == before
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json", "config.json"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data + b"\n")
+        assert digest_of(open_foreign(folder)) != before, name
+        (folder / name).write_bytes(data)
+    assert digest_of(open_foreign(folder)) == before
 
 
 def test_batches_windows_and_going_back_are_those_of_a_bundle(exact: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 from click.testing import Result
 
 from gptrt.cli import main as gptrt
+from gptrt.constraint import Regex
 from gptrt.errors import DataError, OptionError, TargetError
 from gptrt.format import MANIFEST_FILE
 from gptrt.generator import Generator, embedded_bundle
@@ -160,6 +161,16 @@ def test_answers_of_a_task_are_those_of_the_generator(tmp_path: Path) -> None:
     wanted = [fake().answer(row["text"]) for row in ROWS]
     for row, found, one in zip(ROWS, lines_of(job.output), wanted, strict=True):
         assert found == row | {"answer": one.text, "finish_reason": one.finish_reason}
+
+
+@pytest.mark.parametrize("options", [{"logit_bias": {999: 1.0}}, {"constraint": Regex("(yes|no")}])
+def test_options_that_no_row_can_be_asked_with_are_told_before_the_output_is_begun(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(OptionError):
+        done(summaries(tmp_path, options=options))
+    assert names(tmp_path) == {"in.jsonl"}
+    assert done(summaries(tmp_path)).rows == 11
 
 
 def test_fields_are_columns_by_name_or_by_number(tmp_path: Path) -> None:

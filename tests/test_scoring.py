@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from export.model import GPT
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.runs import Run
-from gptrt.errors import BundleError, OptionError, PromptError
+from gptrt.errors import BundleError, DataError, OptionError, PromptError
 from gptrt.generator import Generator
 from gptrt.testing import FakeDecoder, FakeGenerator, byte_tokenizer
 from tests.fakes import noise
@@ -57,9 +59,28 @@ def test_logits_are_those_of_pytorch_at_any_position(pair: tuple[Generator, GPT]
     np.testing.assert_allclose(generator.logits(IDS), wanted[-1:], atol=1e-4)
     found = generator.logits(IDS, [7, 0, 7, 10])
     np.testing.assert_allclose(found, wanted[[7, 0, 7, 10]], atol=1e-4)
-    for positions in ([11], [-1], [], [1.0]):
+    np.testing.assert_array_equal(generator.logits(IDS, np.array([7, 0])), found[:2])
+    for positions in ([11], [-1], [], [1.0], 1):
         with pytest.raises(OptionError, match="positions from 0 to 10"):
             generator.logits(IDS, positions)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ask", "error"),
+    [
+        (lambda g: g.perplexity([1, 2**64]), DataError),
+        (lambda g: g.perplexity(np.array([1, 2**63], np.uint64)), DataError),
+        (lambda g: g.perplexity(IDS, stride=2.5), OptionError),
+        (lambda g: g.classify("A fine day", [1, 2, 3]), OptionError),
+        (lambda g: g.classify("A fine day", ["good", "bad"], prompt=5), OptionError),
+        (lambda g: asyncio.run(g.complete_async(IDS, cancellation=True)), OptionError),
+    ],
+)
+def test_what_is_no_argument_is_told_as_every_fault_is(
+    pair: tuple[Generator, GPT], ask: Callable[[Generator], object], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="wanted"):
+        ask(pair[0])
 
 
 @pytest.mark.parametrize("longest", [256, 4])
