@@ -34,7 +34,7 @@ from .model import GPT
 from .needs import Data, Estimate, Speed
 from .new_run import RunPlan, create_run
 from .progress import ProgressBar
-from .runs import Run, tokens_per_step
+from .runs import Run
 from .scaling import LAW, RULE_OF_THUMB, cheapest_to_serve, effective_tokens
 from .start import plan_run
 from .trainer import Metric, Trainer
@@ -296,7 +296,7 @@ def _estimate(
     measured: _Measured | None,
 ) -> Estimate:
     train, (parameters, inner) = plan.train, count_parameters(_shape(plan))
-    step_tokens = tokens_per_step(train)
+    step_tokens = train.tokens_per_step
     planned_steps = train.max_steps
     if train.max_time is not None and measured is not None:
         step_s = measured.step_s + measured.evaluation_s / train.eval_every
@@ -333,7 +333,7 @@ def _data(counts: tuple[int, int], planned: float, target: float) -> Data:
 
 
 def _speed(plan: RunPlan, measured: _Measured, planned_steps: int, target: float) -> Speed:
-    step_tokens = tokens_per_step(plan.train)
+    step_tokens = plan.train.tokens_per_step
     return Speed(
         device=plan.device,
         steps=measured.steps,

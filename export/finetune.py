@@ -39,8 +39,8 @@ from .files import replace_json
 from .lora import LoraConfig
 from .model import GPT
 from .new_run import RunPlan
-from .optimizer import OptimizerConfig
-from .runs import DATA_FOLDER, Run, TrainConfig
+from .runs import DATA_FOLDER, Run
+from .settings import OptimizerConfig, TrainConfig
 from .start import (
     check_compiler,
     check_context,

@@ -20,9 +20,10 @@ from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
 from .loss import Lesson, linear_cross_entropy
 from .model import GPT
-from .optimizer import Optimizer, OptimizerConfig, rate_scale
+from .optimizer import Optimizer, rate_scale
 from .precision import autocast, product_dtype
 from .progress import Progress, within
+from .settings import OptimizerConfig
 from .trained_rounding import TrainedRounding, hidden_and_head
 
 _WARM_UP = 10

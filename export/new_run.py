@@ -34,10 +34,10 @@ from .runs import (
     Run,
     RunConfig,
     State,
-    TrainConfig,
     as_json,
     open_run,
 )
+from .settings import TrainConfig
 from .tokenization import TokenizerConfig, rows_for, special_ids, train_tokenizer
 from .trained_rounding import TrainedRounding
 

@@ -9,38 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from gptrt.schema import bounded
-
 from .precision import product_dtype
+from .settings import OptimizerConfig
 from .trained_rounding import POSITION_PREFIX, SCALE_PREFIX
 
 _EPSILON = 1e-8  # AdamW's
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Learning rates are peaks, reached after warm-up; `matrix_lr` is Muon's, where a
-    model is trained for its rounding, `position_lr` is that of its weights in steps of their grid,
-    and `scale_lr` that of the logarithms of the scales. `position_pull` draws weights to the middle
-    of their integers, by that share of the way a step at the peak rate, so that noise does not
-    gather and turn them to and fro (https://arxiv.org/abs/2203.11086 calls it dampening)."""
-
-    kind: Literal["muon", "adamw"] = "muon"
-    lr: float = bounded(0.0, 10.0, default=3e-3)
-    matrix_lr: float = bounded(0.0, 10.0, default=0.02)
-    position_lr: float = bounded(0.0, 10.0, default=0.006)
-    scale_lr: float = bounded(0.0, 10.0, default=1e-3)
-    position_pull: float = bounded(0.0, 1.0, default=5e-4)
-    weight_decay: float = bounded(0.0, 10.0, default=0.1)
-    beta1: float = bounded(0.0, 0.999999, default=0.9)
-    beta2: float = bounded(0.0, 0.999999, default=0.95)
-    momentum: float = bounded(0.0, 1.0, default=0.95)
 
 
 @dataclass(frozen=True)

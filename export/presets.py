@@ -10,7 +10,7 @@ from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError
 from gptrt.schema import decode, read_json
 
-from .runs import TrainConfig
+from .settings import TrainConfig
 from .tokenization import TokenizerConfig
 
 

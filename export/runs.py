@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,41 +34,11 @@ from .checkpoint import POINTER_FILE, Checkpoint, load_checkpoint, run_pointer, 
 from .files import read_tensors, replace_json
 from .lora import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ADAPTER_FOLDER, LoraConfig, peft_config
 from .metrics import perplexity
-from .optimizer import OptimizerConfig
+from .settings import TrainConfig
 
 RUN_FILE, LOG_FILE, PLOT_FILE, DATA_FOLDER = "run.json", "log.jsonl", "loss.png", "data"
 TEACHER_FOLDER, BASE_FOLDER, _LOCK_FILE = "teacher", "base", ".lock"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. A run ends at `max_steps`, `max_time` seconds or when validation stops gaining.
-
-    `batch_size` windows of `seq_len` tokens make a micro-batch, `grad_accum` micro-batches a step.
-    The learning rate rises over `warmup_steps`, then falls along a cosine to `final_lr` of its
-    peak.
-    """
-
-    seq_len: int = bounded(1, 1 << 20)
-    batch_size: int = bounded(1, 1 << 20, default=16)
-    grad_accum: int = bounded(1, 1 << 16, default=1)
-    max_steps: int = bounded(0, 1 << 40, default=1000)
-    max_time: float | None = bounded(0.0, 1e9, default=None)
-    warmup_steps: int = bounded(0, 1 << 40, default=50)
-    final_lr: float = bounded(0.0, 1.0, default=0.0)
-    grad_clip: float = bounded(0.0, 1e9, default=1.0)
-    dropout: float = bounded(0.0, 0.99, default=0.0)
-    eval_every: int = bounded(1, 1 << 40, default=250)
-    eval_tokens: int = bounded(1, 1 << 40, default=1 << 18)
-    patience: int | None = bounded(1, 1 << 20, default=None)  # evaluations without a gain
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False  # by torch.compile: for a card, and where there is a C++ compiler
-    seed: int = bounded(0, 1 << 62, default=0)
-    distill: float = bounded(0.0, 1e3, default=0.0)  # weight of KL(start || model) in the loss
-    average: float = bounded(0.0, 0.999999, default=0.0)  # kept of the mean of weights; 0: no mean
-    prompt_share: float = bounded(0.0, 1e3, default=0.0)  # of a task: weight of its prompts' loss
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True)
@@ -149,7 +119,7 @@ class Run:
             "training_seconds": f"{state.elapsed_s:.0f}",
         }
         if self.config.task is None:
-            lineage["tokens_seen"] = str(state.step * tokens_per_step(self.config.train))
+            lineage["tokens_seen"] = str(state.step * self.config.train.tokens_per_step)
         if valid_loss is not None:
             lineage["validation_perplexity"] = f"{perplexity(valid_loss):.2f}"
         checkpoint = replace(checkpoint, lineage=lineage)
@@ -196,10 +166,6 @@ class Run:
             with self.alone():
                 replace_json(self.path / RUN_FILE, as_json(config))
         return replace(self, config=config)
-
-
-def tokens_per_step(train: TrainConfig) -> int:
-    return train.seq_len * train.batch_size * train.grad_accum
 
 
 def open_run(path: Path) -> Run:

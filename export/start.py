@@ -19,10 +19,9 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .data import find_texts
 from .heads import check_unpadded
 from .new_run import RunPlan
-from .optimizer import OptimizerConfig
 from .presets import Preset, load_preset, preset_names
 from .quantize import Mode, Recipe
-from .runs import TrainConfig
+from .settings import OptimizerConfig, TrainConfig
 from .tokenization import TokenizerConfig, open_tokenizer
 
 _FINE_TUNING_CONTEXT = 256

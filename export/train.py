@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from .metrics import perplexity
 from .plots import LOSS, OBJECTIVE, plot_losses
 from .progress import ProgressBar
-from .runs import PLOT_FILE, Run, State, tokens_per_step, truncate_log
+from .runs import PLOT_FILE, Run, State, truncate_log
 from .trainer import Judgement, Metric, Trainer
 
 
@@ -65,7 +65,7 @@ def _loop(trainer: Trainer, log: TextIO, bar: ProgressBar, interrupted: Callable
     while not (reason := trainer.finished()):
         took = trainer.step()
         state = trainer.state
-        speed = tokens_per_step(config) / took.seconds
+        speed = config.tokens_per_step / took.seconds
         bar.update(
             trainer.share(),
             f"step {state.step}  {what} {took.loss:.4f}  {speed:,.0f} tok/s{_best(state)}",

@@ -27,7 +27,8 @@ from .model import GPT, Attend, CausalAttention
 from .optimizer import Optimizer, rate_scale
 from .parts import parameter_of
 from .precision import autocast, product_dtype
-from .runs import BASE_FOLDER, TEACHER_FOLDER, Run, TrainConfig
+from .runs import BASE_FOLDER, TEACHER_FOLDER, Run
+from .settings import TrainConfig
 from .sources import open_sources
 from .trained_rounding import TrainedRounding, hidden_and_head
 

@@ -26,7 +26,8 @@ from export.new_run import RunPlan, create_run
 from export.options import ConvertOptions
 from export.pipeline import convert
 from export.progress import ProgressBar
-from export.runs import Run, TrainConfig
+from export.runs import Run
+from export.settings import TrainConfig
 from export.tokenization import TokenizerConfig, special_ids, train_tokenizer
 from export.train import train
 from gptrt.architecture import ModelConfig

@@ -16,7 +16,7 @@ from export.estimate import count_parameters, estimate, in_child, tables_request
 from export.finetune import Tables, plan_finetuning
 from export.model import GPT
 from export.needs import describe
-from export.runs import Run, tokens_per_step
+from export.runs import Run
 from export.scaling import LAW, Law, cheapest_to_serve, effective_tokens
 from export.trainer import Metric
 from gptrt.errors import OptionError, TrainingError
@@ -146,7 +146,7 @@ def test_max_time_ends_the_plan(run: Run, tmp_path: Path) -> None:
     plan = request.plan(tmp_path)
     found = module._estimate(request, plan, None, measured)
     assert found.planned_steps == 25  # of 2 seconds, and a quarter of 8
-    assert found.planned_tokens == 25 * tokens_per_step(plan.train)
+    assert found.planned_tokens == 25 * plan.train.tokens_per_step
     assert found.speed is not None  # at the beginning, six times, at the end; with the metric
     assert found.speed.planned_s == 25 * 2 + 8 * (8 + 0.5)
 

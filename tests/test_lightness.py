@@ -14,7 +14,7 @@ HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "optimum", "click", "to
 def modules_after(statement: str) -> set[str]:
     code = f"{statement}\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,11 @@ def test_importing_gptrt_does_not_even_pull_numpy() -> None:
 def test_the_runtime_never_needs_the_factory() -> None:
     loaded = modules_after("import gptrt.cli, gptrt.bench, gptrt.doctor, gptrt.scoring")
     assert not loaded & {"torch", "onnx", "onnxruntime", "transformers", "export", "gptrt_export"}
+
+
+def test_presets_are_listed_without_pytorch() -> None:
+    loaded = modules_after("import export.cli\nexport.cli.main(['presets'], standalone_mode=False)")
+    assert "export" in loaded and "torch" not in loaded
 
 
 def test_the_public_face_is_complete() -> None:
