@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import pytest
 
 from export.runs import Run
+
+from .conftest import gptrt_export, run_cli
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ("--set", "max_steps=2", "--set", "eval_every=2", "--set", "batch_size=1")
@@ -41,17 +46,57 @@ def tables(folder: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
+# To import PyTorch takes longer than all that a command does here. So what an example calls
+# `gptrt-export` hands its words to this process, which has it.
+STAND_IN = """#!{python} -I
+import os, sys
+from multiprocessing.connection import Client
+with Client({address}) as process:
+    process.send((os.getcwd(), sys.argv[1:]))
+    status, out, errors = process.recv()
+sys.stdout.write(out)
+sys.stderr.write(errors)
+sys.exit(status)
+"""
+
+
+def run_example(
+    words: list[object], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script of bash, its commands those of this environment."""
+    with Listener(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as beside:
+        stand_in = folder / "bin" / "gptrt-export"
+        stand_in.parent.mkdir()
+        stand_in.write_text(STAND_IN.format(python=sys.executable, address=listener.address))
+        stand_in.chmod(0o755)
+        folders = (stand_in.parent, Path(sys.executable).parent, os.environ["PATH"])
+        path = {"PATH": os.pathsep.join(map(str, folders))}
+
+        def script() -> subprocess.CompletedProcess[str]:
+            command = ["bash", *map(str, words)]
+            try:
+                return subprocess.run(
+                    command, env=os.environ | path | environment, capture_output=True, text=True
+                )
+            finally:
+                Client(listener.address).send(None)
+
+        done = beside.submit(script)
+        while True:
+            with listener.accept() as asking:
+                if (asked := asking.recv()) is None:
+                    return done.result()
+                where, arguments = asked
+                with chdir(where):
+                    result = run_cli(gptrt_export, *arguments)
+                asking.send((result.exit_code, result.stdout, result.stderr))
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.sh")))
 def test_an_example_goes_from_a_table_to_an_answer(name: str, run: Run, tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu", reason="the metrics of the tasks are not installed")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", EXAMPLES / f"{name}.sh", tables(tmp_path)[name], tmp_path / "out", *QUICK]
-    done = subprocess.run(
-        list(map(str, command)),
-        env=os.environ | {"PATH": path, "BASE": str(run.path), "CONVERT": "--allow-loss"},
-        capture_output=True,
-        text=True,
-    )
+    script = [EXAMPLES / f"{name}.sh", tables(tmp_path)[name], tmp_path / "out", *QUICK]
+    done = run_example(script, tmp_path, BASE=str(run.path), CONVERT="--allow-loss")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip(), done.stderr
     assert (tmp_path / "out" / "bundle" / "gptrt.json").is_file()
