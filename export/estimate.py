@@ -30,7 +30,7 @@ from gptrt.errors import OptionError, TrainingError
 
 from .checkpoint import Checkpoint, run_pointer
 from .data import open_ids, save_ids
-from .model import GPT
+from .model import parameter_shapes
 from .needs import Data, Estimate, Speed
 from .new_run import RunPlan, create_run
 from .progress import ProgressBar
@@ -86,7 +86,7 @@ def _shape(plan: RunPlan) -> ModelConfig:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """All of them, a tied matrix once; and without those of vocabulary and positions."""
-    counts = {name: p.numel() for name, p in GPT.outline(config).named_parameters()}
+    counts = {name: shape.numel() for name, shape in parameter_shapes(config).items()}
     total = sum(counts.values())
     around = ("wte.weight", "wpe.weight", "lm_head.weight")
     return total, total - sum(counts.get(name, 0) for name in around)

@@ -11,8 +11,9 @@ What differs between training and export is attention alone, so attention is a v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -194,6 +195,13 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layer) ** 0.5)
+
+
+@lru_cache(maxsize=64)  # an outline takes milliseconds, and whoever plans asks for every plan
+def parameter_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
+    """The shape of every parameter of such a model by its name, of a tied one once."""
+    named = GPT.outline(config).named_parameters()
+    return MappingProxyType({name: parameter.shape for name, parameter in named})
 
 
 class _Unfilled(TorchFunctionMode):

@@ -15,7 +15,7 @@ from gptrt.format import Quantization, StoredMatrix
 from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
 from .learned_rounding import learn_rounding
-from .model import GPT, head_parameter
+from .model import GPT, head_parameter, parameter_shapes
 from .parts import parameter_of, parts_of, rows_of, shape_of, split
 from .progress import Progress, silent
 from .projection import PROJECTIONS, worth_projecting
@@ -196,8 +196,8 @@ def _parts_to_choose_for(name: str, rows: int) -> tuple[str, ...]:
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """[rows, columns] of every matrix of a model; a tied one bears the name of the embedding."""
-    named = dict(GPT.outline(config).named_parameters())
-    return {name: (p.shape[0], p.shape[1]) for name, p in named.items() if p.ndim == 2}
+    shapes = parameter_shapes(config)
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2}
 
 
 def average_bits(config: ModelConfig, formats: Mapping[str, BlockFormat]) -> float:
@@ -218,7 +218,7 @@ def own_parameters(config: ModelConfig) -> int:
 
 
 def _count_parameters(config: ModelConfig) -> int:
-    return sum(p.numel() for p in GPT.outline(config).parameters())
+    return sum(shape.numel() for shape in parameter_shapes(config).values())
 
 
 def quantize_model(
