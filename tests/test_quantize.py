@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,12 @@ from export.heads import with_padded_heads
 from export.learned_rounding import learn_rounding
 from export.loss import Lesson, linear_cross_entropy
 from export.model import GPT
-from export.new_run import create_run
+from export.new_run import RunPlan, create_run
 from export.options import ConvertOptions
 from export.parts import parameter_of, parts_of, rows_of, shape_of, split
 from export.pipeline import convert, verify
 from export.progress import silent
-from export.quantize import BY_TEXT, Recipe, average_bits, matrix_shapes, quantize_model
+from export.quantize import BY_TEXT, Mode, Recipe, average_bits, matrix_shapes, quantize_model
 from export.reopen import load_bundle
 from export.rounding import DATA_FREE, Moments, error_corrected, nearest
 from export.runs import Run, open_run, run_pointer
@@ -322,16 +323,30 @@ def test_a_lesson_adds_the_divergence_from_the_teacher_and_its_gradients() -> No
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def aware_plan(run: Run, text: Path, mode: str = "int4", **settings: str) -> object:
+def aware_plan(run: Run, text: Path, mode: Mode = "int4", **settings: str) -> RunPlan:
     changes = {"seq_len": "32", "batch_size": "4", "max_steps": "12", "eval_every": "6"}
-    recipe = Recipe(mode, block_size=32, head_bits=4)  # type: ignore[arg-type]
+    recipe = Recipe(mode, block_size=32, head_bits=4)
     return plan_run(None, run.path, [text], [], "cpu", changes | settings, None, recipe)
+
+
+@pytest.fixture(scope="module")
+def aware(
+    run: Run, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Mode], Run]:
+    """A run made ready for its rounding, of which nothing is trained yet."""
+
+    @cache
+    def make(mode: Mode) -> Run:
+        plan = aware_plan(run, text_file, mode, max_steps="0")
+        return create_run(tmp_path_factory.mktemp("aware") / mode, plan)
+
+    return make
 
 
 def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
     run: Run, text_file: Path, tmp_path: Path
 ) -> None:
-    made = create_run(tmp_path / "aware", aware_plan(run, text_file, distill="1.0"))  # type: ignore[arg-type]
+    made = create_run(tmp_path / "aware", aware_plan(run, text_file, distill="1.0"))
     train(made, QUIET)
     checkpoint = load_checkpoint(made.path)
     out = tmp_path / "bundle"
@@ -356,10 +371,9 @@ def test_a_bundle_holds_the_very_matrices_that_training_computed_with(
 
 
 def test_a_bundle_has_the_bits_that_its_model_was_trained_for_without_being_told(
-    run: Run, text_file: Path, tmp_path: Path
+    aware: Callable[[Mode], Run], tmp_path: Path
 ) -> None:
-    made = create_run(tmp_path / "aware", aware_plan(run, text_file, "int2", max_steps="0"))  # type: ignore[arg-type]
-    manifest = convert(made.path, tmp_path / "bundle", ConvertOptions(allow_loss=True))
+    manifest = convert(aware("int2").path, tmp_path / "bundle", ConvertOptions(allow_loss=True))
     assert (manifest.quantization.mode, manifest.quantization.bits) == ("int2", 2)
 
 
@@ -417,13 +431,13 @@ def test_a_small_vocabulary_whose_order_says_nothing_is_not_divided_by_a_budget(
     ],
 )
 def test_a_damaged_rounding_is_refused(
-    run: Run, text_file: Path, tmp_path: Path, file: str, change: Callable[[str], str], word: str
+    aware: Callable[[Mode], Run], tmp_path: Path, file: str, change: Callable[[str], str], word: str
 ) -> None:
-    made = create_run(tmp_path / "aware", aware_plan(run, text_file, max_steps="0"))  # type: ignore[arg-type]
-    (path,) = made.path.glob(f"step-*/{file}")
+    damaged = shutil.copytree(aware("int4").path, tmp_path / "damaged")
+    (path,) = damaged.glob(f"step-*/{file}")
     content = path.read_bytes().decode("latin-1")
     path.write_bytes(change(content).encode("latin-1"))
-    result = run_cli(gptrt_export, "convert", made.path, "--out", tmp_path / "bundle")
+    result = run_cli(gptrt_export, "convert", damaged, "--out", tmp_path / "bundle")
     assert_refused(result, word)
 
 
@@ -432,7 +446,7 @@ def test_a_pull_keeps_weights_near_the_middle_of_their_integers(
 ) -> None:
     def distance(name: str, pull: str) -> float:
         settings = {"optimizer.position_pull": pull, "optimizer.position_lr": "0.02"}
-        made = create_run(tmp_path / name, aware_plan(run, text_file, **settings))  # type: ignore[arg-type]
+        made = create_run(tmp_path / name, aware_plan(run, text_file, **settings))
         train(made, QUIET)
         rounding = made.last()[0].rounding
         assert rounding is not None
@@ -446,9 +460,9 @@ def test_training_for_rounding_lowers_the_loss_of_the_rounded_model_and_resumes_
     run: Run, text_file: Path, tmp_path: Path
 ) -> None:
     plan = aware_plan(run, text_file, mode="int2", max_steps="40", eval_every="10")
-    whole = create_run(tmp_path / "whole", plan)  # type: ignore[arg-type]
+    whole = create_run(tmp_path / "whole", plan)
     train(whole, QUIET)
-    broken = create_run(tmp_path / "broken", plan)  # type: ignore[arg-type]
+    broken = create_run(tmp_path / "broken", plan)
     countdown = iter([False] * 6 + [True])
     assert train(broken, QUIET, lambda: next(countdown)).reason == "interrupted"
     train(open_run(broken.path), QUIET)
