@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptrt.cli import OneLineErrors
+from gptrt.console import PATH, OneLineErrors, pairs, report
 
 from . import cli_tasks
-from .console import PATH, pairs, report, say
+from .console import say
 
 if TYPE_CHECKING:
     from .quantize import Mode

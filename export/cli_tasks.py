@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
+from gptrt.console import PATH, pairs
 from gptrt.errors import OptionError, TargetError
 from gptrt.task import Kind
-
-from .console import PATH, pairs
 
 if TYPE_CHECKING:
     from .needs import Estimate

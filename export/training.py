@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from gptrt.cli import INTERRUPTED
+from gptrt.console import INTERRUPTED
 from gptrt.errors import OptionError
 
 from .console import interruptible, say

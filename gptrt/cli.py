@@ -2,75 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from gptrt import __version__
-from gptrt.errors import DataError, GptrtError, TargetError
+from gptrt.console import PATH, OneLineErrors, RowProgress, duration, pairs, report
+from gptrt.errors import DataError
 
-INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + the signal: what a shell expects of them
-_path = click.Path(path_type=Path)
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class OneLineErrors(click.Group):
-    """Errors as one line on standard error, with the exit status of their kind."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            if sys.stdout is None:  # closed by who started this
-                raise TargetError(
-                    "an open standard output", found="a closed one", do="leave it open"
-                )
-            return super().main(*args, **kwargs | {"standalone_mode": False})
-        except GptrtError as e:
-            message, status = str(e), e.exit_status
-        except click.ClickException as e:
-            message, status = f"{e.format_message().rstrip('.')}; see `{self.name} --help`", 2
-        except ModuleNotFoundError as e:
-            extras = "gptrt[cpu]" if self.name == "gptrt" else "gptrt[cpu,export]"
-            message = f"wanted the package {e.name}; found it missing; pip install '{extras}'"
-            status = 2
-        except OSError as e:
-            place = e.filename or "standard output"
-            message, status = f"wanted to read or write {place}; found {e.strerror}", 2
-            message += "; check that it is there, that it may be used, and that the disk has room"
-        except (click.Abort, KeyboardInterrupt):
-            sys.exit(INTERRUPTED)
-        click.echo(f"{self.name}: error: {' '.join(message.split())}", err=True)
-        sys.exit(status)
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _pipe():  # --help prints here
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a narrow encoding must not end a stream
-        with _pipe():
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-
-
-@contextmanager
-def _pipe() -> Iterator[None]:
-    """Ends quietly where whoever read has had enough."""
-    try:
-        yield
-    except BrokenPipeError:
-        # Python would flush once more at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(CLOSED_PIPE)
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -104,12 +48,12 @@ _generation = _options(
     click.option("--no-repeat-ngram-size", type=int, help="Never repeat so many ids in a row."),
     click.option("--stop", "stop_strings", multiple=True, help="End before this; may be repeated."),
     click.option("--num-beams", type=int, help="Search with so many beams."),
-    click.option("--json-schema", type=_path, help="Write JSON that follows the schema in a file."),
+    click.option("--json-schema", type=PATH, help="Write JSON that follows the schema in a file."),
     click.option("--regex", help="Write what matches this pattern."),
     click.option("--seed", type=int, help="The same seed gives the same text."),
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object, nothing else.")
-_bundle = click.argument("bundle", type=_path, required=False)
+_bundle = click.argument("bundle", type=PATH, required=False)
 
 
 @click.group(name="gptrt", cls=OneLineErrors, no_args_is_help=False)
@@ -125,7 +69,7 @@ def main() -> None:
 @click.argument("words", nargs=-1, required=True, metavar="[BUNDLE] PROMPT")
 @_generation
 @click.option("--prompt-lookup-num-tokens", type=int, help="Guess ids by the text so far.")
-@click.option("--draft", type=_path, help="A smaller bundle that guesses.")
+@click.option("--draft", type=PATH, help="A smaller bundle that guesses.")
 @click.option(
     "--context-overflow",
     type=click.Choice(["stop", "slide"]),
@@ -165,8 +109,8 @@ def generate(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 @main.command()
 @_bundle
-@click.option("--input", "source", type=_path, required=True, help="A .jsonl, .csv, .tsv or .txt.")
-@click.option("--output", type=_path, required=True, help="A .jsonl or .csv.")
+@click.option("--input", "source", type=PATH, required=True, help="A .jsonl, .csv, .tsv or .txt.")
+@click.option("--output", type=PATH, required=True, help="A .jsonl or .csv.")
 @click.option("--field", "fields", multiple=True, metavar="NAME=COLUMN", help="May be repeated.")
 @click.option("--batch-size", type=int, help="Rows at a time.")
 @click.option("--limit", type=int, help="Only so many rows, from the first.")
@@ -201,19 +145,19 @@ def run(
     from gptrt.run import run as carry_out
 
     given = _given(batch_size=batch_size, limit=limit, prefix=prefix)
-    job = Job(source, output, _columns(fields), options=_for_generation(options), **given)
-    engine, progress = _given(device=device, threads=threads), _Progress()
+    job = Job(source, output, pairs("--field", fields), options=_for_generation(options), **given)
+    engine, progress = _given(device=device, threads=threads), RowProgress()
     try:
-        report = carry_out(bundle, job, force=force, progress=progress, **engine)
+        done = carry_out(bundle, job, force=force, progress=progress, **engine)
     except KeyboardInterrupt:
         progress.stopped()
         raise
     finally:
         progress.clear()
     if as_json:
-        _print_json(asdict(report))
+        report(asdict(done), as_json)
     else:
-        click.echo(f"{report.rows:,} rows in {report.output} after {_duration(report.seconds)}")
+        click.echo(f"{done.rows:,} rows in {done.output} after {duration(done.seconds)}")
 
 
 @main.command()
@@ -230,12 +174,12 @@ def bench(bundle: Path | None, as_json: bool, **options: Any) -> None:
     """
     from gptrt.bench import bench as run
 
-    _report(run(bundle, **_given(**options)), as_json)
+    report(run(bundle, **_given(**options)), as_json)
 
 
 @main.command()
-@click.argument("bundle", type=_path)
-@click.argument("file", type=_path)
+@click.argument("bundle", type=PATH)
+@click.argument("file", type=PATH)
 @click.option("--stride", type=int, help="New ids a window; smaller is slower and fairer.")
 @_engine
 @_json
@@ -249,7 +193,7 @@ def perplexity(bundle: Path, file: Path, stride: int | None, as_json: bool, **op
     from gptrt.generator import Generator
 
     with Generator(bundle, **_given(**options)) as generator:
-        _report(asdict(generator.perplexity(_read_text(file), stride=stride)), as_json)
+        report(asdict(generator.perplexity(_read_text(file), stride=stride)), as_json)
 
 
 @main.command()
@@ -263,7 +207,7 @@ def verify(bundle: Path | None, as_json: bool, **options: Any) -> None:
     """
     from gptrt.doctor import verify as check
 
-    _report(check(bundle, **_given(**options)), as_json)
+    report(check(bundle, **_given(**options)), as_json)
 
 
 @main.command()
@@ -276,7 +220,7 @@ def info(bundle: Path | None, as_json: bool) -> None:
     """
     from gptrt.doctor import info as describe
 
-    _report(describe(bundle), as_json)
+    report(describe(bundle), as_json)
 
 
 @main.command()
@@ -292,59 +236,11 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 
     findings = diagnose(bundle)
     if as_json:
-        _print_json({f.what: {"level": f.level, "found": f.found} for f in findings})
+        report({f.what: {"level": f.level, "found": f.found} for f in findings}, as_json)
     else:
         for f in findings:
             click.echo(f"{f.level:8} {f.what:16} {f.found}")
     sys.exit(any(f.level == "missing" for f in findings))
-
-
-class _Progress:
-    """Rows, on standard error; in one line that changes, where that is a terminal."""
-
-    def __init__(self) -> None:
-        self._began: tuple[float, int] | None = None
-        self._done = (0, 0)
-        self._shows = sys.stderr.isatty()
-
-    def __call__(self, done: int, rows: int) -> None:
-        now, self._done = time.monotonic(), (done, rows)
-        self._began = self._began or (now, done)
-        new, seconds = done - self._began[1], now - self._began[0]
-        if self._shows:
-            rate = f", {new / seconds:.3g} rows/s" if new else ""
-            left = f", {_duration((rows - done) * seconds / new)} left" if new else ""
-            click.echo(f"\r\x1b[K{done:,} of {rows:,} rows{rate}{left}", nl=False, err=True)
-
-    def clear(self) -> None:
-        if self._shows and self._began:
-            click.echo("\r\x1b[K", nl=False, err=True)
-
-    def stopped(self) -> None:
-        """Say how to go on, where something was begun."""
-        self.clear()
-        if self._began:
-            done, rows = self._done
-            again = "the same command, without --force, goes on from there"
-            click.echo(f"stopped after {done:,} of {rows:,} rows: {again}", err=True)
-
-
-def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _columns(fields: tuple[str, ...]) -> dict[str, str]:
-    """Of NAME=COLUMN each."""
-    pairs = [field.partition("=") for field in fields]
-    wrong = [field for field, (name, _, column) in zip(fields, pairs, strict=True) if not column]
-    if wrong:
-        raise click.UsageError(f"Wanted --field NAME=COLUMN, got {wrong[0]}.")
-    return {name: column for name, _, column in pairs}
 
 
 def _constraint(schema: Path | None, pattern: str | None) -> Any:
@@ -401,18 +297,3 @@ def _decoded(data: bytes, source: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         raise DataError(f"UTF-8 text in {source}", found=str(e), do="convert it first") from e
-
-
-def _report(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(result)
-        return
-    for key, value in result.items():
-        shown = f"{value:.5g}" if isinstance(value, float) else value
-        if isinstance(value, dict):
-            shown = " ".join(f"{k}={v}" for k, v in value.items())
-        click.echo(f"{key:18} {shown}")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value))

@@ -289,7 +289,7 @@ def test_a_field_without_a_column_is_bad_usage(tmp_path: Path, reviews: Path) ->
     source = written(tmp_path / "in.csv")
     result = asked(reviews, "--input", source, "--output", tmp_path / "o.csv", "--field", "text")
     assert result.exit_code == 2
-    assert "Wanted --field NAME=COLUMN, got text" in result.stderr
+    assert "wanted --field KEY=VALUE; found text" in result.stderr
 
 
 def test_an_output_that_exists_is_kept_unless_forced(tmp_path: Path) -> None:
@@ -567,7 +567,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, reviews: Path) -> None:
 
 
 def test_progress_is_shown_to_a_terminal_and_to_nobody_else() -> None:
-    from gptrt.cli import _duration, _Progress
+    from gptrt.console import RowProgress, duration
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -576,11 +576,11 @@ def test_progress_is_shown_to_a_terminal_and_to_nobody_else() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for stream, shows in ((Terminal(), True), (io.StringIO(), False)):
             patch.setattr(sys, "stderr", stream)
-            progress = _Progress()
+            progress = RowProgress()
             for rows in (8, 16, 24):
                 progress(rows, 1024)
             progress.clear()
             assert ("24 of 1,024 rows, " in stream.getvalue()) == shows
             assert (" left" in stream.getvalue()) == shows
-    shown = [_duration(seconds) for seconds in (0.04, 9.94, 59.6, 75, 3725)]
+    shown = [duration(seconds) for seconds in (0.04, 9.94, 59.6, 75, 3725)]
     assert shown == ["0.0 s", "9.9 s", "1:00", "1:15", "1:02:05"]
