@@ -22,8 +22,9 @@ _PRESET = "gpt2-1.5b"
 _PROMPT, _NEW, _VERIFY_TOKENS, _WINDOW = 64, 32, 256, 64
 
 _CONVERT = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
+from gptrt.machine import peak_memory
 from gptrt_export.options import ConvertOptions
 from gptrt_export.pipeline import convert
 source, out, text, mode, tokens, window = sys.argv[1:]
@@ -35,13 +36,14 @@ began = time.perf_counter()
 manifest = convert(Path(source), Path(out), options, lambda line: print(line, file=sys.stderr))
 print(json.dumps({
     "seconds": time.perf_counter() - began,
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak_memory(),
     "ratio": manifest.fidelity.perplexity_ratio,
 }))
 """
 _RUN = """
-import json, resource, sys, time
+import json, sys, time
 from gptrt import Generator
+from gptrt.machine import peak_memory
 began = time.perf_counter()
 opened = Generator(sys.argv[1], device="cpu")
 loaded = time.perf_counter()
@@ -52,7 +54,7 @@ for _ in generator.tokens(ids, max_new_tokens=int(sys.argv[3])):
 print(json.dumps({
     "load": loaded - began,
     "decode": (len(stamps) - 1) / (stamps[-1] - stamps[0]),
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak_memory(),
 }))
 """
 

@@ -26,13 +26,13 @@ _LENGTHS, _BATCHES, _NEW = (32, 128, 256, 512, 768, 1024), (1, 8), 16
 _CHILD = """
 import sys
 from gptrt import Generator
+from gptrt.machine import peak_memory
 path, length, batch, new = sys.argv[1], *map(int, sys.argv[2:])
 opened = Generator(path, device="cpu", threads=2)
 endless = Generator.from_parts(opened.decoder, opened.tokenizer.endless())
 prompts = [[(row + n * 7919) % 250 for n in range(length - new)] for row in range(batch)]
 endless.complete_batch(prompts, max_new_tokens=new, batch_size=batch)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(int(status["VmHWM"].split()[0]) * 1024)
+print(peak_memory())
 """
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +25,7 @@ import torch
 
 from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError, TrainingError
+from gptrt.machine import peak_memory, physical_memory
 
 from .checkpoint import Checkpoint, run_pointer
 from .data import open_ids, save_ids
@@ -175,7 +174,7 @@ def _number_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 
 def _check_memory(parameters: int, device: str) -> None:
     """A system that runs out of memory may end other programs than this one."""
-    needed, there = 4 * _STATES * parameters, _physical_memory()
+    needed, there = 4 * _STATES * parameters, physical_memory()
     if there is not None and needed > there and device == "cpu":
         raise OptionError(
             f"{needed / 1e9:.1f} GB of memory at least, for {parameters:,} parameters with their "
@@ -183,13 +182,6 @@ def _check_memory(parameters: int, device: str) -> None:
             found=f"{there / 1e9:.1f} GB in this machine",
             do="take a smaller shape, or --steps 0 for the data alone",
         )
-
-
-def _physical_memory() -> int | None:
-    """In bytes; None where the system does not tell."""
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # --- what is measured, in the child if steps are ------------------------------------------------
@@ -203,7 +195,7 @@ class _Measured:
     step_s: float
     evaluation_s: float  # without the task's metric, whose time does not count as training
     metric_s: float
-    peak_bytes: int
+    peak_bytes: int | None
     device_peak_bytes: int | None
     checkpoint_bytes: int
 
@@ -265,25 +257,10 @@ def _take_steps(
         statistics.median(seconds[1:]),
         batch_s * max(1.0, batches),
         took - batch_s,
-        _peak_bytes(),
+        peak_memory(),
         torch.cuda.max_memory_reserved() if on_gpu else None,
         sum(file.stat().st_size for file in files),
     )
-
-
-def _peak_bytes() -> int:
-    """The highest resident memory of this process.
-
-    What Linux gives through getrusage begins with that of the process which started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = (line.split() for line in status.read_text().splitlines())
-        return next(1024 * int(words[1]) for words in lines if words[0] == "VmHWM:")
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- what follows from it -----------------------------------------------------------------------

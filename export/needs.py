@@ -36,7 +36,7 @@ class Speed:
     evaluation_s: float
     planned_s: float
     target_s: float
-    peak_bytes: int
+    peak_bytes: int | None  # where the system tells
     device_peak_bytes: int | None
     checkpoint_bytes: int
 
@@ -123,7 +123,8 @@ def _about_speed(found: Estimate) -> list[tuple[str, str]]:
     time = f"{_duration(speed.planned_s)} as planned"
     if found.target_tokens != found.planned_tokens:
         time += f", {_duration(speed.target_s)} for {_count(found.target_tokens)} tokens"
-    memory = f"{_count(speed.peak_bytes, 'G')}B at the peak"
+    peak = speed.peak_bytes
+    memory = "unknown" if peak is None else f"{_count(peak, 'G')}B at the peak"
     if speed.device_peak_bytes:
         memory += f", {_count(speed.device_peak_bytes, 'G')}B on the device"
     return [

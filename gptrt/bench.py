@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from gptrt.errors import OptionError
 from gptrt.foreign_decoder import ForeignDecoder
 from gptrt.format import open_bundle
 from gptrt.generator import Generator, embedded_bundle, open_decoder
+from gptrt.machine import peak_memory
 from gptrt.tokenizer import Tokenizer
 
 
@@ -59,13 +59,14 @@ def bench(
     measured = [_round(generator, decoder, prompt, new) for _ in range(1 + rounds)][1:]
     first = _median(measured, lambda r: r.first)
     speed = (new - 1) / _median(measured, lambda r: r.decode)
+    peak = peak_memory()
     return {
         "load_s": load,
         "prefill_tok_s": prompt / first,
         "decode_tok_s": speed,
         "ttft_s": first,
         "loop_overhead_us": 1e6 * statistics.median(t for r in measured for t in r.loop),
-        "peak_rss_mb": _peak_rss_mb(),
+        "peak_rss_mb": None if peak is None else peak / 1e6,
         "weights_bytes": bundle.weights_bytes,
         **_beside_limit(decoder.engine.bandwidth(), speed * bundle.weights_bytes),
     }
@@ -107,12 +108,3 @@ def _sizes(context: int, prompt: int | None, new: int | None) -> tuple[int, int]
 
 def _median(rounds: list[_Round], value: Callable[[_Round], float]) -> float:
     return statistics.median(map(value, rounds))
-
-
-def _peak_rss_mb() -> float | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -15,7 +15,7 @@ from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, DependencyError, DeviceError, FidelityError
 from gptrt.format import Bundle, Golden, open_bundle, read_manifest
 from gptrt.generator import Generator, embedded_bundle, open_decoder
-from gptrt.machine import cpu_quota, memory_limit, usable_cores
+from gptrt.machine import cpu_quota, free_memory, memory_limit, physical_memory, usable_cores
 from gptrt.schema import encode
 from gptrt.tokenizer import Tokenizer
 
@@ -213,14 +213,11 @@ def _cpu_flags() -> list[str]:
 
 
 def _memory() -> Finding:
-    try:
-        size = os.sysconf("SC_PAGE_SIZE")
-        total, free = (size * os.sysconf(n) / 1e9 for n in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):  # Windows, macOS
+    total, free, limit = physical_memory(), free_memory(), memory_limit()
+    if total is None or free is None:
         return Finding("note", "memory", "unknown")
-    limit = memory_limit()
     bound = "" if limit is None else f", limit of the container: {limit / 1e9:.1f} GB"
-    return Finding("ok", "memory", f"{free:.1f} of {total:.1f} GB free{bound}")
+    return Finding("ok", "memory", f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free{bound}")
 
 
 def _embedded() -> Finding:

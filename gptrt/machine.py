@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -35,3 +36,37 @@ def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
             continue
         return limit if limit < 1 << 60 else None
     return None
+
+
+def physical_memory() -> int | None:
+    """Bytes that the machine has; None where the system does not tell."""
+    return _pages("SC_PHYS_PAGES")
+
+
+def free_memory() -> int | None:
+    """Bytes of it that nobody uses; None where the system does not tell."""
+    return _pages("SC_AVPHYS_PAGES")
+
+
+def _pages(name: str) -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf(name)
+    except (AttributeError, OSError, ValueError):  # Windows has none of it, macOS not all
+        return None
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that this process has had; None where the system does not tell.
+
+    What Linux gives through getrusage begins with that of the process which started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = (line.split() for line in status.read_text().splitlines())
+        return next((1024 * int(words[1]) for words in lines if words[0] == "VmHWM:"), None)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -88,6 +88,13 @@ def test_a_training_from_scratch_is_measured_on_random_ids() -> None:
     assert found["serving"]["parameters"] < found["parameters"]
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process of its own, which would import PyTorch for a step or two."""
+    monkeypatch.setattr(module, "in_child", lambda function, *arguments: function(*arguments))
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_fine_tuning_is_measured_on_its_own_text(run: Run, text_file: Path) -> None:
     settings = {"seq_len": "16", "batch_size": "2", "max_steps": "30"}
     found = estimate(
@@ -112,6 +119,7 @@ def reviews(tmp_path: Path) -> Path:
     return table
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_task_is_measured_with_its_adapter_and_nothing_is_written(
     run: Run, reviews: Path, tmp_path: Path
 ) -> None:
@@ -168,7 +176,7 @@ def test_evaluations_of_a_task_are_measured_with_its_metric(
 def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_physical_memory", lambda: 1_000_000)
+    monkeypatch.setattr(module, "physical_memory", lambda: 1_000_000)
     with pytest.raises(OptionError, match=r"0\.0 GB in this machine.*--steps 0"):
         estimate(texts_request("nano-char", None, [], "cpu", {}))
 
