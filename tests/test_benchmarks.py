@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+
+from benchmarks.__main__ import main
+from export.checkpoint import resolve_checkpoint
+from export.runs import Run
+
+from .conftest import run_cli
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n"
 
 
-def benchmarks(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def benchmarks(*arguments: object) -> Result:
+    with chdir(ROOT):  # where the processes that it starts find it
+        return run_cli(main, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = ("--shapes", "nano-char", "--sizes", "nano-char")
     kinds = ("--only", "gptrt int4,gptrt int4 with int8 head")
     done = benchmarks("run", *kinds, *shapes, "--rounds", 2, "--threads", 1, "--out", folder)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     return folder
 
 
@@ -54,7 +60,7 @@ def test_the_pictures_are_pictures_and_can_be_drawn_again(out: Path, tmp_path: P
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- speeds -->\nyesterday\n<!-- /speeds -->\nafter\n")
     done = benchmarks("draw", out, out, "--out", tmp_path, "--readme", readme)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "| gptrt int4 |" in text and "yesterday" not in text
@@ -101,20 +107,18 @@ def test_a_peer_that_is_not_there_is_named_and_left_out(tmp_path: Path) -> None:
 def test_an_unknown_peer_or_measure_is_refused(tmp_path: Path) -> None:
     for wrong in (("--only", "nobody"), ("--measures", "colour")):
         done = benchmarks("run", *wrong, "--out", tmp_path)
-        assert done.returncode == 2
+        assert done.exit_code == 2
         assert "choose from" in done.stderr
 
 
 def test_perplexity_predicts_as_many_tokens_as_were_asked_for(
-    tmp_path: Path, run, text_file
-) -> None:  # type: ignore[no-untyped-def]
-    from export.checkpoint import resolve_checkpoint
-
+    tmp_path: Path, run: Run, text_file: Path
+) -> None:
     checkpoint = resolve_checkpoint(run.path)
     texts = ("--text", text_file, "--calibration-text", text_file)
     given = (*texts, "--window", 32, "--windows", 4, "--threads", 1)
     done = benchmarks("perplexity", checkpoint, *given, "--only", "gptrt int8", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     samples = json.loads((tmp_path / "results.json").read_text())["samples"]
     assert {s["x"] for s in samples} == {4 * 32}
     assert all(1 < s["value"] < 300 for s in samples)
