@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -41,6 +41,7 @@ from gptrt.format import Fidelity, Quantization, open_bundle, read_manifest
 from gptrt.tokenizer import Tokenizer
 
 from .conftest import GPT2_SHAPE, LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
+from .processes import start, wait_until
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -389,15 +390,13 @@ def test_json_output_has_the_agreed_keys(bundle: Path, run: Run, text_file: Path
 
 
 def test_kill_9_during_conversion_leaves_no_bundle(run: Run, tmp_path: Path) -> None:
-    code = "import sys; from export.cli import main; main(sys.argv[1:])"
     out = tmp_path / "bundle"
-    command = [sys.executable, "-c", code, "convert", str(run.path), "--out", str(out)]
     for seen in (".bundle.*.partial", ".bundle.*.partial/model.onnx"):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        while not list(tmp_path.glob(seen)) and process.poll() is None:
-            time.sleep(0.01)
+        process = start("convert", run.path, "--out", out, errors=tmp_path / "errors")
+        wait_until(process, lambda seen=seen: list(tmp_path.glob(seen)))
         process.kill()
-        process.wait()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not out.exists()
     convert(run.path, out, ConvertOptions(allow_loss=True))
     assert open_bundle(out)

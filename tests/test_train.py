@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from export.train import train
 from gptrt.errors import TargetError, TrainingError
 
 from .conftest import assert_refused, make_plan, run_cli, story
+from .processes import start, wait_until
 
 QUIET = ProgressBar("training", quiet=True)
 ROOT = Path(__file__).parents[1]
@@ -221,11 +221,12 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_that_resumes(
     for delay in (0.05, 0.3, 0.7):
         before = run_pointer(out)
         steps = open_run(out).last()[2].step
-        process = start_training(out, subprocess.DEVNULL)
-        wait_until(lambda before=before: run_pointer(out) != before)
+        process = start("train", "--resume", "--out", out, errors=tmp_path / "errors")
+        wait_until(process, lambda before=before: run_pointer(out) != before)
         time.sleep(delay)
         process.kill()
-        process.wait()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         checkpoint, _, state = open_run(out).last()
         assert state.step > steps
         assert all(tensor.isfinite().all() for tensor in checkpoint.state.values())
@@ -292,38 +293,18 @@ def test_a_run_is_trained_by_one_process_and_rid_of_what_a_killed_one_left(
 def test_ctrl_c_saves_and_says_how_to_go_on(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     create_run(out, make_plan(text_file, eval_every=10_000, max_steps=100_000))
-    process = start_training(out)
-    wait_until(lambda: (out / "log.jsonl").exists())
+    process = start("train", "--resume", "--out", out, errors=tmp_path / "errors")
+    wait_until(process, (out / "log.jsonl").exists)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 130
     assert f"gptrt-export train --resume --out {out}" in errors
     assert open_run(out).last()[2].step > 0
     # It takes as long as the rest of PyTorch, and nothing here needs it.
     assert "compiler imported: False" in errors
-
-
-TRAINING = """
-import sys
-from export.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    print("compiler imported:", "torch._dynamo" in sys.modules, file=sys.stderr)
-"""
-
-
-def start_training(out: Path, errors: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", TRAINING, "train", "--resume", "--out", str(out)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=errors, text=True)
-
-
-def wait_until(holds) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, "the process did not get there"
-        time.sleep(0.02)
 
 
 # --- data -------------------------------------------------------------------------------------
