@@ -129,6 +129,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def exact(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    """The run as a bundle without quantization: passes and steps agree but for the last bits of a
+    logit."""
+    path = tmp_path_factory.mktemp("exact") / "bundle"
+    convert(run.path, path, ConvertOptions("none"))
+    return path
+
+
 @pytest.fixture
 def copied(bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle, to be damaged."""

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from export.checkpoint import load_checkpoint, save_checkpoint
-from export.options import ConvertOptions
-from export.pipeline import convert
 from export.runs import Run
 from gptrt.errors import FidelityError, OptionError
 from gptrt.generator import Generator
@@ -27,13 +25,12 @@ PROMPTS = ([5, 250, 17, 3], [40, 41], [7] * 9)
 
 
 @pytest.fixture(scope="module")
-def pair(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, Any]:
+def pair(run: Run, exact: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, Any]:
     """A model in fp32, as a bundle and as transformers opens its checkpoint."""
-    folder = tmp_path_factory.mktemp("beams")
-    convert(run.path, folder / "bundle", ConvertOptions("none"))
-    save_checkpoint(load_checkpoint(run.path).alone(), folder / "theirs")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder / "theirs").eval()
-    return Generator(folder / "bundle", device="cpu", threads=1), reference
+    theirs = tmp_path_factory.mktemp("beams") / "theirs"
+    save_checkpoint(load_checkpoint(run.path).alone(), theirs)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(theirs).eval()
+    return Generator(exact, device="cpu", threads=1), reference
 
 
 def by_transformers(

@@ -327,9 +327,9 @@ def test_the_limit_is_what_was_asked_for_or_the_budget_or_that_of_the_mode(
 def test_a_bundle_above_the_limit_fails_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     with pytest.raises(FidelityError, match="at most 0\\.5"):
-        convert(run.path, out, ConvertOptions("int4", max_perplexity_ratio=0.5))
+        convert(run.path, out, ConvertOptions("int4", method="nearest", max_perplexity_ratio=0.5))
     assert list(tmp_path.iterdir()) == []
-    convert(run.path, out, ConvertOptions("int4", allow_loss=True))
+    convert(run.path, out, ConvertOptions("int4", method="nearest", allow_loss=True))
     assert open_bundle(out).manifest.quantization.mode == "int4"
 
 
@@ -398,7 +398,7 @@ def test_kill_9_during_conversion_leaves_no_bundle(run: Run, tmp_path: Path) -> 
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not out.exists()
-    convert(run.path, out, ConvertOptions(allow_loss=True))
+    convert(run.path, out, ConvertOptions(method="nearest", allow_loss=True))
     assert open_bundle(out)
 
 
@@ -409,12 +409,12 @@ def test_an_existing_bundle_is_kept_unless_force_says_otherwise(
     run: Run, copied: Path, tmp_path: Path
 ) -> None:
     before = (copied / "gptrt.json").read_bytes()
-    arguments = ("convert", run.path, "--out", copied, "--allow-loss")
+    arguments = ("convert", run.path, "--out", copied, "--allow-loss", "--method", "nearest")
     assert_refused(run_cli(gptrt_export, *arguments), "--force")
     assert (copied / "gptrt.json").read_bytes() == before
     link = tmp_path / "current"
     link.symlink_to(copied)
-    result = run_cli(gptrt_export, *arguments[:3], link, "--allow-loss", "--force")
+    result = run_cli(gptrt_export, *arguments[:3], link, *arguments[4:], "--force")
     assert result.exit_code == 0, result.output
     assert open_bundle(copied).manifest.quantization.mode == "int4"
     assert link.is_symlink() and set(tmp_path.iterdir()) == {link, copied}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from export.blocks import BlockFormat
-from export.calibration import correct_errors
+from export.calibration import Ids, correct_errors
 from export.checkpoint import load_checkpoint
 from export.data import open_ids, spread_windows
 from export.fisher import OutputCosts
@@ -29,12 +29,20 @@ def divergence_with_noise(model: GPT, module: nn.Module, noise: Tensor, ids: Ten
     return float((plain.exp() * (plain - noisy)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ["h.0.attn.c_attn", "h.1.mlp.c_proj", "wte"])
-@pytest.mark.parametrize("at", [-1, -8])  # the direction that matters most, and another
-def test_an_error_in_an_output_costs_what_was_said(run: Run, name: str, at: int) -> None:
+@pytest.fixture(scope="module")
+def measured(run: Run) -> tuple[GPT, Ids, OutputCosts]:
+    """A model, windows of its text, and what errors of its outputs cost there."""
     model = load_checkpoint(run.path).model().eval()
     windows = spread_windows(open_ids(run.train_ids), 32, 8192)
-    found = OutputCosts.measure(model, windows)
+    return model, windows, OutputCosts.measure(model, windows)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn", "h.1.mlp.c_proj", "wte"])
+@pytest.mark.parametrize("at", [-1, -8])  # the direction that matters most, and another
+def test_an_error_in_an_output_costs_what_was_said(
+    measured: tuple[GPT, Ids, OutputCosts], name: str, at: int
+) -> None:
+    model, windows, found = measured
     costs = found.embedded if name == "wte" else found.products[f"{name}.weight"]
     spread, directions = torch.linalg.eigh(costs)
     random = torch.Generator().manual_seed(0)

@@ -13,9 +13,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.options import ConvertOptions
-from export.pipeline import convert
-from export.runs import Run
 from gptrt.constraint import Regex
 from gptrt.decoder import Decoder
 from gptrt.errors import BundleError, PromptError
@@ -29,14 +26,6 @@ from .conftest import SHARED
 
 PROMPT = [5, 250, 17, 3]
 UNCHECKED = "ignore:.*has no manifest of gptrt:UserWarning"
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
-    """A bundle without quantization, all of it in one file."""
-    path = tmp_path_factory.mktemp("exact") / "bundle"
-    convert(run.path, path, ConvertOptions("none"))
-    return path
 
 
 @pytest.fixture(scope="module")

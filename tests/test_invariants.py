@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 
 import gptrt
 import gptrt.decoding
-from export.options import ConvertOptions
-from export.pipeline import convert
-from export.runs import Run
 from gptrt.generator import Generator
 from gptrt.results import Generation
 from gptrt.session import Session
@@ -66,11 +63,9 @@ def fresh(generator: Generator) -> Generator:
 
 
 @pytest.fixture(scope="module")
-def floats(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    """The same model unquantized: passes and steps agree but for the last bits of a logit."""
-    path = tmp_path_factory.mktemp("floats") / "bundle"
-    convert(run.path, path, ConvertOptions("none"))
-    return Generator(path, device="cpu", threads=1, reuse="none")
+def floats(exact: Path) -> Generator:
+    """The same model unquantized."""
+    return Generator(exact, device="cpu", threads=1, reuse="none")
 
 
 def same(a: Generation, b: Generation) -> None:
