@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from gptrt.config import GenerationConfig
 from gptrt.results import FinishReason
-from gptrt.sampling import Filters, Logits, greedy, most_likely
+from gptrt.sampler import Filters
+from gptrt.sampling import Logits, greedy, most_likely
 
 _NEVER = -math.inf  # the score of what is not there
 

@@ -23,7 +23,7 @@ from gptrt.errors import BundleError, CancelledError, OptionError, PromptError
 from gptrt.guide import Guide
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
 from gptrt.results import Generation, Timings
-from gptrt.sampling import Sampler, fresh_seed
+from gptrt.sampler import Sampler, fresh_seed
 from gptrt.shelf import Shelf
 from gptrt.speculation import Drafter, Forced, PromptLookup
 from gptrt.tokenizer import StopStrings, StreamDecoder, Tokenizer

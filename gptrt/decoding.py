@@ -24,7 +24,8 @@ from gptrt.config import GenerationConfig
 from gptrt.decoder import Hidden, Ids, Logits
 from gptrt.interrupt import Interrupt
 from gptrt.results import FinishReason
-from gptrt.sampling import Sampler, log_probabilities, most_likely
+from gptrt.sampler import Sampler
+from gptrt.sampling import log_probabilities, most_likely
 from gptrt.speculation import Drafter
 
 LONGEST_PASS = 256  # ids in one run, even: attention over a pass takes memory by its square

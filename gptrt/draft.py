@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from gptrt.decoding import Reading, Row, Runner
 from gptrt.interrupt import Interrupt
-from gptrt.sampling import Sampler
+from gptrt.sampler import Sampler
 from gptrt.speculation import Pace
 
 

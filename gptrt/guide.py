@@ -50,8 +50,7 @@ class Guide:
         stride: int,
     ) -> None:
         self._vocabulary, self._finder, self._matcher = vocabulary, finder, matcher
-        self._written = 0  # ids of text
-        self._ended = 0  # ids of its end
+        self._ended = False  # by an id that says so
         self._stride = stride  # by how much one id can make the shortest ending longer
         # An ending: one from here if `sure`, else from a few ids ago. `bound`: its length at most.
         self._ending, self._sure, self._bound = ending, True, float(len(ending))
@@ -98,10 +97,9 @@ class Guide:
     def advance(self, token: int) -> None:
         """Take note of the id that was chosen. Raises OptionError if it is forbidden here."""
         if token in self._vocabulary.eos and self._whole():
-            self._ended += 1
+            self._ended = True
             self._ending, self._sure = [], True
         elif not self._ended and self._vocabulary.consumes(self._matcher, token):
-            self._written += 1
             self._foresee(token)
         else:
             raise OptionError(
@@ -129,20 +127,8 @@ class Guide:
         """The ids that come next whatever the model says: a draft that is always right."""
         return [] if self._ended else self._matcher.compute_ff_tokens()
 
-    def rewind(self, n: int) -> None:
-        """Take back the last `n` ids. Raises OptionError if there are not so many."""
-        if not 0 <= n <= self._written + self._ended:
-            raise OptionError(
-                f"to take back 0 to {self._written + self._ended} ids", found=str(n), do="correct n"
-            )
-        text = max(0, n - self._ended)
-        self._matcher.rollback(text)
-        self._written, self._ended = self._written - text, self._ended - (n - text)
-        self._sure, self._bound, self._room = False, math.inf, math.inf
-        self._mask, self._endings = None, {}
-
     def _whole(self) -> bool:
-        return bool(self._ended) or self._matcher.is_accepting()
+        return self._ended or self._matcher.is_accepting()
 
     def _allowed(self) -> Mask:
         """The ids that llguidance lets through, and the end of the text exactly where it is."""

@@ -294,8 +294,7 @@ def test_after_the_end_only_the_end_may_follow() -> None:
     guide.advance(EOS)
     assert guide.finished and guide.forced() == [] and allowed(guide) == {EOS}
     guide.advance(EOS)
-    guide.rewind(2)
-    assert not guide.finished and allowed(guide) == {ord("b"), EOS}
+    assert guide.finished and allowed(guide) == {EOS}
 
 
 def test_a_forbidden_id_is_refused_and_changes_nothing() -> None:
@@ -304,25 +303,6 @@ def test_a_forbidden_id_is_refused_and_changes_nothing() -> None:
         with pytest.raises(OptionError, match="an id that the constraint allows"):
             guide.advance(token)
     assert advance(guide, b"bc").finished
-
-
-def test_rewinding_takes_back_what_was_chosen() -> None:
-    guide = start(JsonSchema(SCHEMAS["record"]))
-    text = b'{"name": "ab", "sure": true}'
-    seen = []
-    for byte in text:
-        seen.append(allowed(guide))
-        guide.advance(byte)
-    guide.advance(EOS)
-    guide.rewind(1)
-    for expected in reversed(seen):
-        guide.rewind(1)
-        assert allowed(guide) == expected
-    guide = advance(start(Regex("abc")), b"ab")
-    for n in (3, -1):
-        with pytest.raises(OptionError, match="take back 0 to 2 ids"):
-            guide.rewind(n)
-    assert allowed(guide) == {ord("c")}
 
 
 def test_a_fork_goes_its_own_way() -> None:

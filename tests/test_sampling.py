@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gptrt import sampling
 from gptrt.config import GenerationConfig
 from gptrt.errors import FidelityError, OptionError
-from gptrt.sampling import Sampler
+from gptrt.sampler import Sampler, fresh_seed
 
 GONE = -np.inf
 
@@ -150,7 +150,7 @@ def test_numbers_are_uniform(over: str) -> None:
 
 
 def test_samples_follow_the_probabilities() -> None:
-    sampler = Sampler(GenerationConfig(do_sample=True, seed=3), [0], room=10_000)
+    sampler = Sampler(GenerationConfig(do_sample=True), [0], room=10_000, seed=3)
     counts = np.bincount([sampler.next(log(0.6, 0.3, 0.1)) for _ in range(10_000)])
     assert np.abs(counts / 10_000 - [0.6, 0.3, 0.1]).max() < 0.02
 
@@ -159,7 +159,7 @@ def test_samples_follow_the_probabilities_of_many_unlikely_ids_too() -> None:
     """Two ids of a quarter each, and 5,000 that share the other half, each far behind."""
     logits = np.full(5_002, math.log(0.5 / 5_000), np.float32)
     logits[:2] = math.log(0.25)
-    sampler = Sampler(GenerationConfig(do_sample=True, seed=3), [0], room=10_000)
+    sampler = Sampler(GenerationConfig(do_sample=True), [0], room=10_000, seed=3)
     drawn = np.array([sampler.next(logits) for _ in range(10_000)])
     shares = [(drawn == 0).mean(), (drawn == 1).mean(), (drawn > 1).mean()]
     assert np.abs(np.array(shares) - [0.25, 0.25, 0.5]).max() < 0.02
@@ -168,35 +168,31 @@ def test_samples_follow_the_probabilities_of_many_unlikely_ids_too() -> None:
 
 def test_no_end_before_min_new_tokens() -> None:
     config = GenerationConfig(min_new_tokens=2)
-    sampler = Sampler(config, [0], eos_token_ids=(2,), room=3)
+    sampler = Sampler(config, [0], eos_token_ids=(2,), room=3, seed=0)
     assert [sampler.next(array(0, 1, 2)) for _ in range(3)] == [1, 1, 2]
 
 
 def test_any_of_several_ends_is_put_off() -> None:
-    sampler = Sampler(GenerationConfig(min_new_tokens=1), [0], eos_token_ids=(1, 2), room=2)
+    sampler = Sampler(GenerationConfig(min_new_tokens=1), [0], eos_token_ids=(1, 2), room=2, seed=0)
     assert [sampler.next(array(0, 1, 2)) for _ in range(2)] == [0, 2]
 
 
 def test_what_is_chosen_counts_as_read() -> None:
-    sampler = Sampler(GenerationConfig(no_repeat_ngram_size=1), [3], room=3)
+    sampler = Sampler(GenerationConfig(no_repeat_ngram_size=1), [3], room=3, seed=0)
     assert [sampler.next(array(1, 2, 3, 4)) for _ in range(3)] == [2, 1, 0]
 
 
 def test_without_a_seed_two_samplers_differ() -> None:
-    config = GenerationConfig(do_sample=True)
-    drawn = [[s.next(np.zeros(1000, np.float32)) for _ in range(8)] for s in _samplers(config, 2)]
-    assert drawn[0] != drawn[1]
-
-
-def _samplers(config: GenerationConfig, count: int) -> list[Sampler]:
-    return [Sampler(config, [0], room=8) for _ in range(count)]
+    config, logits = GenerationConfig(do_sample=True), np.zeros(1000, np.float32)
+    one, other = (Sampler(config, [0], room=8, seed=fresh_seed()) for _ in range(2))
+    assert [one.next(logits) for _ in range(8)] != [other.next(logits) for _ in range(8)]
 
 
 # --- the chain ----------------------------------------------------------------------------------
 
 
 def test_a_bias_moves_a_choice_and_only_that() -> None:
-    biased = Sampler(GenerationConfig(logit_bias={1: 5.0, 2: -5.0}), [0], room=2)
+    biased = Sampler(GenerationConfig(logit_bias={1: 5.0, 2: -5.0}), [0], room=2, seed=0)
     assert biased.next(array(0, 1, 2)) == 1
     assert biased.next(array(0, -6, 4.5)) == 0
 
@@ -210,21 +206,21 @@ def test_a_processor_sees_all_ids_and_what_the_others_left() -> None:
         return np.where(np.arange(len(logits)) == ids[-1], GONE, logits).astype(np.float32)
 
     config = GenerationConfig(logits_processor=forbid, bad_words_ids=[[3]])
-    sampler = Sampler(config, [0, 2], room=3)
+    sampler = Sampler(config, [0, 2], room=3, seed=0)
     assert [sampler.next(array(0, 1, 2, 9)) for _ in range(3)] == [1, 2, 1]
     assert seen == [[0, 2], [0, 2, 1], [0, 2, 1, 2]]
 
 
 @pytest.mark.parametrize("wrong", [None, 3.0, array(1, 2), [0, 1, 2]])
 def test_what_a_processor_gives_is_checked(wrong: Any) -> None:
-    sampler = Sampler(GenerationConfig(logits_processor=lambda *_: wrong), [0], room=1)
+    sampler = Sampler(GenerationConfig(logits_processor=lambda *_: wrong), [0], room=1, seed=0)
     with pytest.raises(OptionError, match=r"wanted logits \[3\] from a logits_processor"):
         sampler.next(array(0, 1, 2))
 
 
 def test_a_guess_is_what_would_be_chosen_and_decides_nothing() -> None:
-    config = GenerationConfig(temperature=1.0, no_repeat_ngram_size=1, seed=4)
-    plain, guessing = (Sampler(config, [0], room=6) for _ in range(2))
+    config = GenerationConfig(temperature=1.0, no_repeat_ngram_size=1)
+    plain, guessing = (Sampler(config, [0], room=6, seed=4) for _ in range(2))
     logits = np.zeros(50, np.float32)
     ahead: list[int] = []
     for _ in range(5):
