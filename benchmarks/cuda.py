@@ -67,7 +67,7 @@ def main() -> None:
         for graphs in (False, True):
             name = f"gptrt {kind}{', CUDA graphs' if graphs else ''}"
             decoder = Decoder(bundle, device="cuda", cuda_graphs=graphs)
-            decoders[name] = (decoder, bundle.weights_bytes)
+            decoders[name] = (decoder, bundle.manifest.weights_bytes)
     limit = next(iter(decoders.values()))[0].engine.bandwidth()
     assert limit is not None
     model = _transformers(checkpoint) if "transformers" in given.peers else None
@@ -85,7 +85,7 @@ def main() -> None:
             for kind in given.kinds:
                 bundle = open_bundle(_bundle(checkpoint, given.work, kind))
                 run = _genai(bundle.path, batch, checkpoint.vocab_size)
-                ways.append(Way(f"onnxruntime-genai {kind}", bundle.weights_bytes, run))
+                ways.append(Way(f"onnxruntime-genai {kind}", bundle.manifest.weights_bytes, run))
         if model is not None:
             weights = 2 * checkpoint.parameters
             run = _compiled(model, batch)

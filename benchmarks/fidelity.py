@@ -94,7 +94,7 @@ def row(name: str, found: dict[str, Any], bundle: Path) -> str:
     from gptrt.format import open_bundle
 
     opened = open_bundle(bundle)
-    weights, size = own_parameters(opened.manifest.model), opened.weights_bytes
+    weights, size = own_parameters(opened.manifest.model), opened.manifest.weights_bytes
     return (
         f"| {name} | {found['perplexity_ratio']:.4f} ± {found['ratio_error']:.4f} "
         f"| {found['kl']:.5f} | {found['top1']:.1%} "

@@ -23,7 +23,7 @@ _PREFILLS = (32, 512)
 _CONTEXTS = (64, 128, 256, 512, 1024)
 _CONTEXT_NEW = 32
 _BATCHES = (1, 2, 4, 8, 16)
-_BATCH_PROMPT, _BATCH_NEW = 32, 32
+_BATCH_NEW = 32
 _TRIALS = 2
 
 TABLE = ("decode", "prefill", "cold")

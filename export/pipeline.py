@@ -23,7 +23,8 @@ from gptrt.format import (
     describe_file,
     open_bundle,
 )
-from gptrt.generator import Generator, open_decoder
+from gptrt.generator import Generator
+from gptrt.opening import open_decoder
 from gptrt.task import Task
 
 from . import via

@@ -49,8 +49,6 @@ class TorchDecoder:
     rows are filled to different lengths. An interrupt ends a call between passes, not within one.
     """
 
-    copies = True
-
     def __init__(self, model: GPT) -> None:
         self.model = model.eval()
         self.context = model.config.n_positions

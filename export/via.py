@@ -25,6 +25,7 @@ from gptrt.chat import TEMPLATE_FILE
 from gptrt.errors import CheckpointError, DependencyError, GptrtError, OptionError, first_line
 from gptrt.format import (
     CONFIG_FILE,
+    CONTEXT_KEYS,
     GENERATION_CONFIG_FILE,
     INPUT_IDS,
     TOKENIZER_CONFIG_FILE,
@@ -47,7 +48,6 @@ _PACKAGES = {"mobius": "mobius-onnx", "optimum": "optimum-onnx"}
 
 _BLOCK = 32  # without calibration text small blocks are what there is against errors
 _FEWEST = 1 << 12  # weights: what is smaller stays as it is
-_CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 
 # --- graphs --------------------------------------------------------------------------------------
@@ -235,10 +235,10 @@ def read_config(source: Path) -> dict[str, Any]:
 
 def context_of(config: dict[str, Any]) -> int:
     """Raises CheckpointError if it is not known how long a context is."""
-    context = next((config[key] for key in _CONTEXTS if key in config), None)
+    context = next((config[key] for key in CONTEXT_KEYS if key in config), None)
     if type(context) is not int or context < 1:
         raise CheckpointError(
-            f"the context as {_CONTEXTS[0]} in {CONFIG_FILE}",
+            f"the context as {CONTEXT_KEYS[0]} in {CONFIG_FILE}",
             found=repr(context),
             do="write it there: some architectures have no limit of their own",
         )

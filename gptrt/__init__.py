@@ -36,9 +36,10 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from gptrt.format import Bundle, open_bundle
-    from gptrt.generator import Generator, embedded_bundle
+    from gptrt.generator import Generator
     from gptrt.interrupt import Cancellation
     from gptrt.memory import MemoryEstimate
+    from gptrt.opening import embedded_bundle
     from gptrt.results import Generation, Timings
     from gptrt.scoring import Perplexity, Score, perplexity
     from gptrt.session import Session
@@ -64,7 +65,8 @@ _HOMES = {
         "TrainingError",
     ),
     "gptrt.format": ("Bundle", "open_bundle"),
-    "gptrt.generator": ("Generator", "embedded_bundle"),
+    "gptrt.generator": ("Generator",),
+    "gptrt.opening": ("embedded_bundle",),
     "gptrt.constraint": ("Grammar", "JsonSchema", "Regex"),
     "gptrt.interrupt": ("Cancellation",),
     "gptrt.memory": ("MemoryEstimate",),

@@ -14,8 +14,9 @@ from gptrt.engine import Device
 from gptrt.errors import OptionError
 from gptrt.foreign_decoder import ForeignDecoder
 from gptrt.format import open_bundle
-from gptrt.generator import Generator, embedded_bundle, open_decoder
+from gptrt.generator import Generator
 from gptrt.machine import peak_memory
+from gptrt.opening import bundle_path, open_decoder
 from gptrt.tokenizer import Tokenizer
 
 
@@ -49,7 +50,7 @@ def bench(
     much of it decoding takes to read all weights once an id.
     """
     began = time.perf_counter()
-    bundle = open_bundle(embedded_bundle() if path is None else path)
+    bundle = open_bundle(bundle_path(path))
     decoder = open_decoder(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs)
     tokenizer = Tokenizer.open(bundle)
     generator = Generator.from_parts(decoder, tokenizer.endless(), reuse="none")
@@ -67,8 +68,8 @@ def bench(
         "ttft_s": first,
         "loop_overhead_us": 1e6 * statistics.median(t for r in measured for t in r.loop),
         "peak_rss_mb": None if peak is None else peak / 1e6,
-        "weights_bytes": bundle.weights_bytes,
-        **_beside_limit(decoder.engine.bandwidth(), speed * bundle.weights_bytes),
+        "weights_bytes": bundle.manifest.weights_bytes,
+        **_beside_limit(decoder.engine.bandwidth(), speed * bundle.manifest.weights_bytes),
     }
 
 

@@ -13,14 +13,12 @@ from typing import Any, Literal
 
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, DependencyError, DeviceError, FidelityError
-from gptrt.format import Bundle, Golden, open_bundle, read_manifest
-from gptrt.generator import Generator, embedded_bundle, open_decoder
+from gptrt.format import Golden, open_bundle, read_manifest
+from gptrt.generator import Generator
 from gptrt.machine import cpu_quota, free_memory, memory_limit, physical_memory, usable_cores
+from gptrt.opening import StrPath, bundle_path, embedded_bundle, open_decoder
 from gptrt.schema import encode
 from gptrt.tokenizer import Tokenizer
-
-StrPath = str | os.PathLike[str]
-
 
 # --- bundles ------------------------------------------------------------------------------------
 
@@ -33,7 +31,7 @@ def verify(
     Gives {"bundle", "files", "prompts", "ids"}: what was checked, as counts. Raises BundleError,
     and FidelityError with the prompt and the position of the first id that differs.
     """
-    bundle = open_bundle(embedded_bundle() if path is None else path)
+    bundle = open_bundle(bundle_path(path))
     decoder = open_decoder(bundle, device=device, threads=threads)
     generator = Generator.from_parts(decoder, Tokenizer.open(bundle).endless())
     golden = bundle.manifest.golden
@@ -62,14 +60,14 @@ def _check_golden(generator: Generator, number: int, golden: Golden) -> None:
 
 def info(path: StrPath | None = None) -> dict[str, Any]:
     """What the manifest says, files not looked at. Raises BundleError."""
-    folder = embedded_bundle() if path is None else Path(path)
+    folder = bundle_path(path)
     manifest = read_manifest(folder)
     known: dict[str, Any] = encode(manifest)
     for part in ("files", "golden", "cache"):
         del known[part]
     return {
         "bundle": str(folder),
-        "weights_bytes": Bundle(folder, manifest).weights_bytes,
+        "weights_bytes": manifest.weights_bytes,
         **known,
         "golden_prompts": len(manifest.golden),
     }

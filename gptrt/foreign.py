@@ -18,6 +18,7 @@ from gptrt.architecture import MAX_COUNT
 from gptrt.errors import BundleError, PromptError
 from gptrt.format import (
     CONFIG_FILE,
+    CONTEXT_KEYS,
     GENAI_CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     GRAPH_FILE,
@@ -40,7 +41,6 @@ GRAPHS = tuple(
 )
 _OF_WEIGHTS = {".data", ".onnx_data", ".bin"}
 _GENAI_KEYS = {"head_size": "head_dim", "num_key_value_heads": "num_key_value_heads"}
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
     generation = _read(folder / GENERATION_CONFIG_FILE)
     graph = graph or _graph(folder, decoder.get("filename"))
     context = genai.get("context_length")
-    for key in _CONTEXT_KEYS:
+    for key in CONTEXT_KEYS:
         context = config.get(key) if context is None else context
     if type(context) is not int or not 1 <= context <= MAX_COUNT:
         raise BundleError(
             f"the context of {graph}, as context_length in {GENAI_CONFIG_FILE} or as "
-            f"{_CONTEXT_KEYS[0]} in {CONFIG_FILE}",
+            f"{CONTEXT_KEYS[0]} in {CONFIG_FILE}",
             found=repr(context),
             do="write it there",
         )

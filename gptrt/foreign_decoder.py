@@ -7,7 +7,6 @@ and gives those and the new ones back.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from gptrt.decoder import (
 )
 from gptrt.engine import Device, Engine
 from gptrt.errors import BundleError
-from gptrt.foreign import ForeignFolder, open_foreign, warn_of
+from gptrt.foreign import ForeignFolder, warn_of
 from gptrt.format import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -43,10 +42,9 @@ _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 def open_parts(
-    path: str | os.PathLike[str], *, device: Device = "auto", threads: int | None = None
+    folder: ForeignFolder, *, device: Device = "auto", threads: int | None = None
 ) -> tuple[ForeignDecoder, Tokenizer]:
     """What a generator needs, with a warning that none of it is checked."""
-    folder = open_foreign(path)
     warn_of(folder)
     return ForeignDecoder(folder, device=device, threads=threads), folder.tokenizer()
 

@@ -23,6 +23,12 @@ from gptrt.task import Task
 
 FORMAT_VERSION = 1
 
+# Where `config.json` says how long the context is: by the name that its family gives it.
+CONTEXT_KEYS = (
+    *("max_position_embeddings", "n_positions", "n_ctx"),
+    *("seq_length", "max_seq_len", "max_sequence_length"),
+)
+
 # --- file names -----------------------------------------------------------------------------
 
 MANIFEST_FILE = "gptrt.json"
@@ -161,6 +167,11 @@ class Manifest:
     hidden_states: bool = False  # whether the graph gives them
     task: Task | None = None  # what it was fine-tuned for
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of the graph and its external data."""
+        return sum(self.files[n].size for n in (GRAPH_FILE, GRAPH_DATA_FILE) if n in self.files)
+
     def faults(self) -> list[str]:
         found = []
         if self.format_version != FORMAT_VERSION:
@@ -197,19 +208,14 @@ def _is_plain_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose manifest was read and whose files were found to be what it says."""
+    """A folder whose manifest was read, and whose files were compared with it: by `open_bundle`
+    all of every file, by `open_structure` all but the weights, for `check_weights` to do."""
 
     path: Path
     manifest: Manifest
 
     def file(self, name: str) -> Path:
         return self.path / name
-
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes of the graph and its external data."""
-        files = self.manifest.files
-        return sum(files[n].size for n in (GRAPH_FILE, GRAPH_DATA_FILE) if n in files)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -33,9 +33,7 @@ from gptrt.engine import Device
 from gptrt.errors import GptrtError, OptionError, PromptError
 from gptrt.interrupt import Cancellation
 from gptrt.memory import MemoryEstimate, estimate
-from gptrt.opening import StrPath, check_same_words, left_for_caches, open_parts
-from gptrt.opening import embedded_bundle as embedded_bundle  # for who imports it from here
-from gptrt.opening import open_decoder as open_decoder
+from gptrt.opening import StrPath, bundle_path, check_same_words, left_for_caches, open_parts
 from gptrt.results import Generation
 from gptrt.scoring import Perplexity, Pooling, Score, embed, logits_at, perplexity, score
 from gptrt.stream import Stream
@@ -127,8 +125,7 @@ class Generator:
         path: StrPath | None = None, *, max_length: int | None = None, batch: int = 1
     ) -> MemoryEstimate:
         """What a process will need that opens the bundle: see `gptrt.memory.estimate`."""
-        path = embedded_bundle() if path is None else path
-        return estimate(path, max_length=max_length, batch=batch)
+        return estimate(bundle_path(path), max_length=max_length, batch=batch)
 
     def _set_up(
         self,
@@ -255,22 +252,24 @@ class Generator:
         configs = for_each(config, options, len(prompts))
         if not configs:
             return []
-        if any(config.num_beams > 1 for config in configs):
-            pairs = zip(prompts, configs, strict=True)
-            return [result for pair in pairs for result in self._one(*pair, options)]
-        calls, call = self._call(prompts, configs, options)
-        for _ in calls.pieces(call, rows=batch_size):
-            pass
-        return [call.result(writer) for writer in call.writers]
+        if all(config.num_beams == 1 for config in configs):
+            return self._written(prompts, configs, options, batch_size)
+        pairs = zip(prompts, configs, strict=True)
+        found = (self._written([prompt], [one], options, batch_size) for prompt, one in pairs)
+        return [result for results in found for result in results]
 
-    def _one(
-        self, prompt: Prompt, config: GenerationConfig, options: dict[str, Any]
+    def _written(
+        self,
+        prompts: Sequence[Prompt],
+        configs: Sequence[GenerationConfig],
+        options: dict[str, Any],
+        rows: int,
     ) -> list[Generation]:
-        """One prompt of those of which some are searched for."""
-        calls, call = self._call([prompt], [config], options)
-        if config.num_beams > 1:
-            return calls.beams(call.writers[0].one.prompt, config, call)
-        for _ in calls.pieces(call, rows=_BATCH_SIZE):
+        """All prompts, `rows` side by side; of a search there is one."""
+        calls, call = self._call(prompts, configs, options)
+        if configs[0].num_beams > 1:
+            return calls.beams(call.writers[0].one.prompt, configs[0], call)
+        for _ in calls.pieces(call, rows=rows):
             pass
         return [call.result(writer) for writer in call.writers]
 

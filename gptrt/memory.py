@@ -10,7 +10,7 @@ from gptrt.architecture import ForeignModel, ModelConfig
 from gptrt.decoder import position_bytes
 from gptrt.decoding import LONGEST_PASS
 from gptrt.errors import OptionError
-from gptrt.format import Bundle, Manifest, read_manifest
+from gptrt.format import Manifest, read_manifest
 
 # Measured with benchmarks/memory.py on Linux, CPython 3.11, onnxruntime 1.32, GPT-2 124M and 355M.
 _RUNTIME = 85_000_000  # the interpreter, numpy, onnxruntime and its session
@@ -42,8 +42,8 @@ def estimate(
 
     Raises BundleError, and OptionError for a length that the context has not.
     """
-    bundle = Bundle(Path(path), read_manifest(Path(path)))
-    context = bundle.manifest.model.n_positions
+    manifest = read_manifest(Path(path))
+    context = manifest.model.n_positions
     length = context if max_length is None else max_length
     if not 1 <= length <= context or batch < 1:
         raise OptionError(
@@ -51,12 +51,12 @@ def estimate(
             found=f"{length} and {batch}",
             do="correct them",
         )
-    layout = bundle.manifest.cache
+    layout = manifest.cache
     return MemoryEstimate(
-        runtime=_RUNTIME + _TOKENIZER * bundle.manifest.model.vocab_size,
-        weights=int(_KEPT * bundle.weights_bytes),
+        runtime=_RUNTIME + _TOKENIZER * manifest.model.vocab_size,
+        weights=int(_KEPT * manifest.weights_bytes),
         cache=2 * layout.layers * position_bytes(layout) * length * batch,
-        passes=_ARENA * _pass_bytes(bundle.manifest, length, batch),
+        passes=_ARENA * _pass_bytes(manifest, length, batch),
     )
 
 

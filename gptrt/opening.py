@@ -20,6 +20,7 @@ from gptrt.task import Task
 from gptrt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from gptrt.foreign import ForeignFolder
     from gptrt.foreign_decoder import ForeignDecoder
 
 StrPath = str | os.PathLike[str]
@@ -41,16 +42,13 @@ def open_parts(
     path: StrPath | None, *, device: Device, threads: int | None, cuda_graphs: bool = False
 ) -> Parts:
     """Of the bundle or the foreign decoder at `path`; of the embedded bundle, if it is None."""
-    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
-        from gptrt import foreign  # an import that bundles need not wait for
+    if (folder := foreign_folder(path)) is not None:
+        from gptrt import foreign_decoder
 
-        if foreign.is_foreign(path):
-            from gptrt import foreign_decoder
-
-            _check_native(cuda_graphs)
-            return Parts(*foreign_decoder.open_parts(path, device=device, threads=threads))
+        _check_native(cuda_graphs)
+        return Parts(*foreign_decoder.open_parts(folder, device=device, threads=threads))
     # Hashing, opening and reading the tokenizer do not need each other.
-    bundle = open_structure(embedded_bundle() if path is None else path)
+    bundle = open_structure(bundle_path(path))
     hashing = _Beside(lambda: check_weights(bundle))
     beside: list[_Beside[Any]] = [hashing]
     try:
@@ -86,12 +84,9 @@ def left_for_caches(limit: int, path: StrPath | None, draft: StrPath | None) -> 
 
 def _without_caches(path: StrPath | None) -> int:
     """What a bundle takes before it continues anything; of a foreign decoder the file alone."""
-    if path is not None and not (Path(path) / MANIFEST_FILE).is_file():
-        from gptrt import foreign
-
-        if foreign.is_foreign(path):
-            return foreign.open_foreign(path).graph.stat().st_size
-    needs = estimate(embedded_bundle() if path is None else path)
+    if (folder := foreign_folder(path)) is not None:
+        return folder.graph.stat().st_size
+    needs = estimate(bundle_path(path))
     return needs.total - needs.cache
 
 
@@ -161,6 +156,22 @@ def check_same_words(ours: Parts, draft: Parts) -> None:
             found=f"{sizes[1]} entries" if sizes[0] != sizes[1] else "other entries",
             do="use a draft that was trained with the same tokenizer",
         )
+
+
+def foreign_folder(path: StrPath | None) -> ForeignFolder | None:
+    """The decoder of another library at `path`; None where a bundle of ours would be. Raises
+    BundleError for one that lacks something."""
+    if path is None or (Path(path) / MANIFEST_FILE).is_file():
+        return None
+    from gptrt import foreign  # an import that bundles need not wait for
+
+    return foreign.open_foreign(path) if foreign.is_foreign(path) else None
+
+
+def bundle_path(path: StrPath | None) -> Path:
+    """The folder that was named, or that of the embedded default. Raises BundleError if that is
+    not there."""
+    return embedded_bundle() if path is None else Path(path)
 
 
 def embedded_bundle() -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,8 @@ from gptrt.config import GenerationConfig
 from gptrt.engine import Device
 from gptrt.errors import DataError, OptionError, PromptError, TargetError
 from gptrt.format import MANIFEST_FILE, describe_file, read_manifest
-from gptrt.generator import Generator, embedded_bundle
+from gptrt.generator import Generator
+from gptrt.opening import StrPath, bundle_path, foreign_folder
 from gptrt.tables import TEXT, Row, checked_rows, no_texts, read_rows
 from gptrt.target import Made, Target, beside
 from gptrt.task import Task
@@ -82,7 +82,7 @@ class Report:
 
 
 def run(
-    bundle: str | os.PathLike[str] | None,
+    bundle: StrPath | None,
     job: Job,
     *,
     force: bool = False,
@@ -96,7 +96,7 @@ def run(
     anew and replaced at the end. Raises OptionError, DataError that lists every fault of the input
     before anything runs, TargetError, and what `Generator` does.
     """
-    task, source = _source(embedded_bundle() if bundle is None else Path(bundle))
+    task, source = _source(bundle)
     plan = plan_for(job, task)
     made = made_of(plan, source, device=device)
     target = Target.open(job.output, made, rows=plan.rows, force=force)
@@ -178,15 +178,14 @@ def _added(job: Job, task: Task | None) -> list[str]:
     return [job.prefix + name for name in names]
 
 
-def _source(path: Path) -> tuple[Task | None, str]:
+def _source(bundle: StrPath | None) -> tuple[Task | None, str]:
     """The task of a bundle, and the sha256 that stands for all of it."""
-    if not (path / MANIFEST_FILE).is_file():
-        from gptrt import foreign  # an import that bundles need not wait for
+    if (folder := foreign_folder(bundle)) is not None:
+        from gptrt import foreign
 
-        if foreign.is_foreign(path):
-            return None, foreign.digest_of(foreign.open_foreign(path))
-    task = read_manifest(path).task
-    return task, describe_file(path / MANIFEST_FILE).sha256
+        return None, foreign.digest_of(folder)
+    path = bundle_path(bundle)
+    return read_manifest(path).task, describe_file(path / MANIFEST_FILE).sha256
 
 
 def made_of(plan: Plan, source: str, *, device: Device = "auto") -> Made:

@@ -110,16 +110,6 @@ def read_rows(
         raise DataError(f"to read {path}", found=e.strerror or str(e), do="check the path") from e
 
 
-def check_rows(
-    path: str | os.PathLike[str],
-    fields: Mapping[str, str] | None = None,
-    *,
-    wrong: Callable[[Row], str | None] | None = None,
-) -> int:
-    """Read all of a table, and count its rows: `checked_rows` for who needs no more."""
-    return sum(1 for _ in checked_rows(path, fields, wrong=wrong))
-
-
 def checked_rows(
     path: str | os.PathLike[str],
     fields: Mapping[str, str] | None = None,
@@ -144,7 +134,7 @@ def checked_rows(
 
 
 def no_texts(row: Row) -> str | None:
-    """Which values of a row are not text: for `check_rows`."""
+    """Which values of a row are not text: for `checked_rows`."""
     found = [name for name, value in row.values.items() if not isinstance(value, str)]
     shown = (f"{name} is {json.dumps(row.values[name])[:40]}, wanted text" for name in found)
     return ", ".join(shown) or None

@@ -25,7 +25,8 @@ from gptrt.architecture import ModelConfig
 from gptrt.config import GenerationConfig
 from gptrt.decoder import Decoder
 from gptrt.format import open_bundle
-from gptrt.generator import Generator, embedded_bundle
+from gptrt.generator import Generator
+from gptrt.opening import embedded_bundle
 
 from .conftest import SHARED
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gptrt.generator import Generator, embedded_bundle
+from gptrt.generator import Generator
+from gptrt.opening import embedded_bundle
 
 PROMPT, COUNT = [5, 250, 17, 3], 100
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptrt.errors import BundleError
-from gptrt.generator import embedded_bundle
+from gptrt.opening import embedded_bundle
 
 _COMMAND = "from gptrt.cli import main; main()"
 

@@ -24,7 +24,8 @@ from gptrt.cli import main as gptrt
 from gptrt.constraint import Regex
 from gptrt.errors import DataError, OptionError, TargetError
 from gptrt.format import MANIFEST_FILE
-from gptrt.generator import Generator, embedded_bundle
+from gptrt.generator import Generator
+from gptrt.opening import embedded_bundle
 from gptrt.run import Job, Report, carry_out, made_of, plan_for
 from gptrt.tables import read_rows
 from gptrt.target import Target

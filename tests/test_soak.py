@@ -19,7 +19,8 @@ import pytest
 
 from benchmarks.soak import damage, fuzz, harness, kinds, memory, storm, workload
 from gptrt.errors import BundleError, GptrtError
-from gptrt.generator import Generator, embedded_bundle
+from gptrt.generator import Generator
+from gptrt.opening import embedded_bundle
 from gptrt.results import Generation
 from gptrt.testing import FakeDecoder, byte_tokenizer
 from tests.fakes import noise

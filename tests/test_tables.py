@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptrt.errors import DataError
-from gptrt.tables import Faults, Row, check_rows, no_texts, read_rows
+from gptrt.tables import Faults, Row, checked_rows, no_texts, read_rows
 
 FORMATS = {
     ".jsonl": '{"text": "A \\u00e9, b", "id": "1"}\n\n{"text": "say \\"so\\"", "id": "2"}\n',
@@ -22,6 +23,10 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def count_rows(path: Path, *options: Any, **more: Any) -> int:
+    return sum(1 for _ in checked_rows(path, *options, **more))
 
 
 def faults_of(path: Path, fields: dict[str, str] | None = None) -> tuple[list[Row], str]:
@@ -45,7 +50,7 @@ def test_all_formats_say_the_same(tmp_path: Path, suffix: str, ends: str, mark: 
     asked = list(read_rows(path, {"review": "text"}))
     assert [row.values for row in asked] == [{"review": "A é, b"}, {"review": 'say "so"'}]
     assert [row.columns for row in asked] == [row.values for row in rows]
-    assert check_rows(path, {"review": "text"}) == 2
+    assert count_rows(path, {"review": "text"}) == 2
 
 
 def test_a_text_a_line(tmp_path: Path) -> None:
@@ -110,7 +115,7 @@ def test_a_wrong_line_of_names_is_told_once(tmp_path: Path) -> None:
 def test_twenty_faults_are_shown_and_the_others_counted(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", "?\n" * 25)
     with pytest.raises(DataError) as caught:
-        check_rows(path)
+        count_rows(path)
     assert caught.value.found.count("no JSON") == 20
     assert caught.value.found.endswith("; and 5 more")
 
@@ -118,7 +123,7 @@ def test_twenty_faults_are_shown_and_the_others_counted(tmp_path: Path) -> None:
 def test_what_a_caller_finds_is_told_beside_it(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", '{"text": "x"}\n?\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"a.jsonl:2: .*a.jsonl:3: text is 3, wanted text"):
-        check_rows(path, {"text": "text"}, wrong=no_texts)
+        count_rows(path, {"text": "text"}, wrong=no_texts)
 
 
 def test_without_a_list_of_faults_the_first_is_raised(tmp_path: Path) -> None:
@@ -130,14 +135,14 @@ def test_without_a_list_of_faults_the_first_is_raised(tmp_path: Path) -> None:
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"ends in \.jsonl, \.csv, \.tsv, \.txt"):
-        check_rows(written(tmp_path, "a.parquet", "x"))
+        count_rows(written(tmp_path, "a.parquet", "x"))
     with pytest.raises(DataError, match="No such file"):
-        check_rows(tmp_path / "none.csv")
+        count_rows(tmp_path / "none.csv")
     for name in ("a.csv", "a.tsv", "a.txt", "a.jsonl"):
         with pytest.raises(DataError, match="a row or more"):
-            check_rows(written(tmp_path, name, "\n"))
+            count_rows(written(tmp_path, name, "\n"))
     with pytest.raises(DataError, match="a row or more"):
-        check_rows(written(tmp_path, "names.csv", "a,b\n"))
+        count_rows(written(tmp_path, "names.csv", "a,b\n"))
 
 
 def test_a_line_without_an_end_is_not_read_whole(
@@ -156,7 +161,7 @@ def test_never_more_than_a_row_is_in_memory(tmp_path: Path) -> None:
         for number in range(20_000):
             stream.write(json.dumps({"text": "x" * 200, "id": number}) + "\n")
     tracemalloc.start()
-    assert check_rows(path) == 20_000
+    assert count_rows(path) == 20_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 500_000

@@ -15,7 +15,8 @@ import pytest
 from gptrt.answers import NEUTRAL, ZERO_SHOT
 from gptrt.decoder import Logits
 from gptrt.errors import FidelityError, OptionError, PromptError
-from gptrt.generator import Generator, embedded_bundle
+from gptrt.generator import Generator
+from gptrt.opening import embedded_bundle
 from gptrt.sentences import sentences
 from gptrt.task import Task, label_ids
 from gptrt.testing import EOS, FakeDecoder, FakeGenerator, byte_tokenizer

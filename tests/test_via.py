@@ -23,7 +23,8 @@ from export.tokenization import TokenizerConfig, train_tokenizer
 from gptrt.cli import main as gptrt
 from gptrt.errors import CheckpointError
 from gptrt.format import open_bundle, read_manifest
-from gptrt.generator import Generator, open_decoder
+from gptrt.generator import Generator
+from gptrt.opening import open_decoder
 
 from .conftest import LLAMA_SHAPE, assert_refused, run_cli, scrambled, story
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptrt import __version__
 from gptrt.engine import import_onnxruntime
-from gptrt.generator import embedded_bundle
+from gptrt.opening import embedded_bundle
 
 from .fuzz import damage_often
 from .harness import Harness
