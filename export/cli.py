@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 import click
 
@@ -11,9 +11,7 @@ from gptrt.console import PATH, OneLineErrors, pairs, report
 
 from . import cli_tasks
 from .console import say
-
-if TYPE_CHECKING:
-    from .quantize import Mode
+from .settings import Method, Mode, Via
 
 _TOKENS = "Of it, to measure on: 16,384; more tell smaller losses from chance."
 _projection = click.option(
@@ -54,7 +52,7 @@ for _command in (cli_tasks.finetune, cli_tasks.evaluate, cli_tasks.estimate):
 @click.option(
     "--quantize",
     "mode",
-    type=click.Choice(["int8", "int4", "int2"]),
+    type=click.Choice(get_args(Mode)),
     help="Train through the rounding of such a bundle.",
 )
 @click.option("--block-size", type=int, help="Weights that share a scale, with --quantize.")
@@ -136,12 +134,12 @@ def presets(name: str | None) -> None:
 @click.option(
     "--quantize",
     "mode",
-    type=click.Choice(["none", "fp16", "int8", "int4", "int2"]),
+    type=click.Choice(["none", "fp16", *get_args(Mode)]),
     help="int4, or what the model was trained for, if not given.",
 )
 @click.option(
     "--method",
-    type=click.Choice(["nearest", "k-quant", "hqq", "gptq", "learned"]),
+    type=click.Choice(get_args(Method)),
     help="How to round: gptq, with calibration text, for 4 bits and less; nearest for 8.",
 )
 @click.option("--block-size", type=int, help="Weights that share a scale.")
@@ -162,7 +160,7 @@ def presets(name: str | None) -> None:
 )
 @click.option(
     "--via",
-    type=click.Choice(["mobius", "optimum"]),
+    type=click.Choice(get_args(Via)),
     help="The library that builds the graph, for an architecture that is not native.",
 )
 @click.option(

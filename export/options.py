@@ -12,11 +12,11 @@ from gptrt.errors import OptionError
 from gptrt.format import CacheLayout
 
 from .checkpoint import Checkpoint
-from .quantize import BY_TEXT, Mode, Recipe, mode_of
-from .rounding import Method
+from .quantize import BY_TEXT, Recipe, mode_of
 from .sensitivity import check_budget
+from .settings import Method, Mode, Via
 from .texts import DEFAULT_TOKENS, TextFiles
-from .via import Via, check_recipe
+from .via import check_recipe
 
 _RECIPE = ("method", "block_size", "head_bits", "symmetric", "projection")
 

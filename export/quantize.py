@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from gptrt.architecture import ModelConfig
 from gptrt.errors import OptionError
@@ -19,13 +19,13 @@ from .model import GPT, head_parameter, parameter_shapes
 from .parts import parameter_of, parts_of, rows_of, shape_of, split
 from .progress import Progress, silent
 from .projection import PROJECTIONS, worth_projecting
-from .rounding import DATA_FREE, Method, nearest
+from .rounding import DATA_FREE, nearest
+from .settings import Method, Mode
 
 Matrices = dict[str, BlockMatrix]
 Table = Sequence[StoredMatrix]
 Formats = dict[str, BlockFormat]
 
-Mode = Literal["int8", "int4", "int2"]
 BITS: dict[Mode, int] = {"int8": 8, "int4": 4, "int2": 2}
 METHODS: tuple[Method, ...] = get_args(Method)
 BY_TEXT: dict[Method, Callable[[GPT, Formats, Ids, Progress], Matrices]] = {

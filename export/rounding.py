@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor
 from gptrt.engine import import_onnxruntime
 
 from .blocks import BlockFormat, BlockMatrix, Float, Grid, least_squares_grid, to_blocks
-
-Method = Literal["nearest", "k-quant", "hqq", "gptq", "learned"]
+from .settings import Method
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal: keeps its inverse tame
 _OUTPUT_DAMPING = 0.05  # the same of output costs, which gradients of less text tell, less surely

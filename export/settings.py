@@ -1,4 +1,5 @@
-"""How to train, as plain data: of presets, of runs, of `--set`. It imports no PyTorch."""
+"""What users choose by name, and how to train, as plain data: of presets, of runs, of `--set`. It
+imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gptrt.schema import bounded
+
+Mode = Literal["int8", "int4", "int2"]
+Method = Literal["nearest", "k-quant", "hqq", "gptq", "learned"]
+Via = Literal["mobius", "optimum"]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from .data import find_texts
 from .heads import check_unpadded
 from .new_run import RunPlan
 from .presets import Preset, load_preset, preset_names
-from .quantize import Mode, Recipe
-from .settings import OptimizerConfig, TrainConfig
+from .quantize import Recipe
+from .settings import Mode, OptimizerConfig, TrainConfig
 from .tokenization import TokenizerConfig, open_tokenizer
 
 _FINE_TUNING_CONTEXT = 256

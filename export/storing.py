@@ -16,7 +16,6 @@ from .model import GPT
 from .options import ConvertOptions
 from .progress import ProgressBar
 from .quantize import Matrices, describe, quantize_model
-from .rounding import Method
 from .sensitivity import (
     Options,
     explain,
@@ -26,6 +25,7 @@ from .sensitivity import (
     plan_for_damage,
     table_of,
 )
+from .settings import Method
 from .texts import Texts, calibration_tokens
 
 _LONGEST_WINDOW = 512  # of calibration text, if not told: attention takes the square of it

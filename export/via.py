@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -39,10 +39,10 @@ from .blocks import BlockFormat, BlockMatrix, Float
 from .files import write_json
 from .nbits import products
 from .quantize import Recipe
-from .rounding import DATA_FREE, Method
+from .rounding import DATA_FREE
+from .settings import Method, Via
 from .tokenization import SpecialIds, load_tokenizer, read_special_ids
 
-Via = Literal["mobius", "optimum"]
 VIAS: tuple[Via, ...] = get_args(Via)
 _PACKAGES = {"mobius": "mobius-onnx", "optimum": "optimum-onnx"}
 

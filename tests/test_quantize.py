@@ -31,11 +31,12 @@ from export.options import ConvertOptions
 from export.parts import parameter_of, parts_of, rows_of, shape_of, split
 from export.pipeline import convert, verify
 from export.progress import silent
-from export.quantize import BY_TEXT, Mode, Recipe, average_bits, matrix_shapes, quantize_model
+from export.quantize import BY_TEXT, Recipe, average_bits, matrix_shapes, quantize_model
 from export.reopen import load_bundle
 from export.rounding import DATA_FREE, Moments, error_corrected, nearest
 from export.runs import Run, open_run, run_pointer
 from export.sensitivity import Option, formats_of, plan_for_bits, plan_for_damage
+from export.settings import Mode
 from export.start import plan_run
 from export.texts import TextFiles, choose_texts
 from export.train import train
