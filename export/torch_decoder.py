@@ -43,7 +43,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
 
 
 class TorchDecoder:
-    """A model as `gptrt.decoding.Runner`, on the device and in the dtype of its parameters.
+    """A model as `gptrt.reading.Runner`, on the device and in the dtype of its parameters.
 
     It puts the model into evaluation mode. Unlike a graph it reads several ids at once also where
     rows are filled to different lengths. An interrupt ends a call between passes, not within one.

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gptrt.decoding import Runner
 from gptrt.errors import DataError
 from gptrt.format import Fidelity, Golden
+from gptrt.reading import Runner
 
 from .data import Batch, in_order
 from .examples import Examples

@@ -17,11 +17,12 @@ from typing import Literal
 from gptrt.asked import check_controls
 from gptrt.beams import Beam, BeamSearch
 from gptrt.config import GenerationConfig
-from gptrt.decoding import Continuation, Progress, Reading, Row, Runner, Slab, search, write
+from gptrt.decoding import Continuation, search, write
 from gptrt.draft import DraftModel
 from gptrt.errors import BundleError, CancelledError, OptionError, PromptError
 from gptrt.guide import Guide
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
+from gptrt.reading import Progress, Reading, Row, Runner, Slab
 from gptrt.results import Generation, Timings
 from gptrt.sampler import Sampler, fresh_seed
 from gptrt.shelf import Shelf

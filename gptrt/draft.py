@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gptrt.decoding import Reading, Row, Runner
 from gptrt.interrupt import Interrupt
+from gptrt.reading import Reading, Row, Runner
 from gptrt.sampler import Sampler
 from gptrt.speculation import Pace
 

@@ -28,12 +28,13 @@ from gptrt.calls import Call, Calls, Reuse, check_prompt
 from gptrt.chat import Message
 from gptrt.config import GenerationConfig
 from gptrt.decoder import Hidden, Logits
-from gptrt.decoding import Continuation, Runner, Slab
+from gptrt.decoding import Continuation
 from gptrt.engine import Device
 from gptrt.errors import GptrtError, OptionError, PromptError
 from gptrt.interrupt import Cancellation
 from gptrt.memory import MemoryEstimate, estimate
 from gptrt.opening import StrPath, bundle_path, check_same_words, left_for_caches, open_parts
+from gptrt.reading import Runner, Slab
 from gptrt.results import Generation
 from gptrt.scoring import Perplexity, Pooling, Score, embed, logits_at, perplexity, score
 from gptrt.stream import Stream

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from gptrt.architecture import ForeignModel, ModelConfig
 from gptrt.decoder import position_bytes
-from gptrt.decoding import LONGEST_PASS
 from gptrt.errors import OptionError
 from gptrt.format import Manifest, read_manifest
+from gptrt.reading import LONGEST_PASS
 
 # Measured with benchmarks/memory.py on Linux, CPython 3.11, onnxruntime 1.32, GPT-2 124M and 355M.
 _RUNTIME = 85_000_000  # the interpreter, numpy, onnxruntime and its session

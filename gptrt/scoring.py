@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from gptrt.cache import KVCache
 from gptrt.decoder import Hidden, Ids, Logits
-from gptrt.decoding import Reading, Row, Runner, passes
 from gptrt.errors import DataError, FidelityError, OptionError
 from gptrt.interrupt import Interrupt
+from gptrt.reading import Reading, Row, Runner, passes
 from gptrt.sampling import log_probabilities
 
 _LOGITS_BYTES = 64 << 20  # of one run

@@ -1,63 +1,26 @@
 """Sessions: a text in the making, which the application appends to, lets the model continue, takes
-back, forks, and saves.
-
-A session file is
-
-    gptrt-session\\n  length of the header (8 bytes, little-endian)  header  values  sha256
-
-with a header in JSON and the digest over everything before it. It is bound to the model by the
-fingerprint of its graph and weights, and read with nothing but bounds checks: no pickle.
-"""
+back, forks, and saves."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from gptrt.architecture import MAX_COUNT
 from gptrt.asked import check_controls, config_of, refuse_many
 from gptrt.calls import check_prompt
 from gptrt.config import GenerationConfig
-from gptrt.decoding import Progress, Slab
-from gptrt.errors import GptrtError, PromptError, SessionError, TargetError, first_line
+from gptrt.errors import GptrtError, PromptError, SessionError
 from gptrt.generator import Generator, Prompt
 from gptrt.interrupt import Cancellation, Interrupt, Interrupted
+from gptrt.reading import Progress, Slab
 from gptrt.results import Generation
-from gptrt.schema import bounded, decode
+from gptrt.session_file import VERSION, Header, damaged, read_session, write_session
 from gptrt.stream import Stream
-
-_MAGIC = b"gptrt-session\n"
-_VERSION = 1
-_MAX_HEADER = 1 << 28
-_DIGEST = 32  # bytes
-
-
-@dataclass(frozen=True)
-class _Header:
-    """`ids` are the text; keys and values are of the first `read` of them, `exact` of which passes
-    have read."""
-
-    version: int
-    model: str
-    ids: tuple[int, ...]
-    read: int = bounded(0, MAX_COUNT)
-    exact: int = bounded(0, MAX_COUNT)
-
-    def faults(self) -> list[str]:
-        found = []
-        if self.version != _VERSION:
-            found.append(f"version {self.version}, this gptrt reads {_VERSION}")
-        if not self.exact <= self.read <= len(self.ids):
-            found.append("more is read than there are ids")
-        return found
 
 
 class Session:
@@ -219,10 +182,9 @@ class Session:
             read = row.common(self._ids) if row is not None else 0
             exact = min(read, row.exact) if row is not None else 0
             model = _fingerprint(self._generator)
-            header = json.dumps(asdict(_Header(_VERSION, model, tuple(self._ids), read, exact)))
-            head = header.encode()
+            header = Header(VERSION, model, tuple(self._ids), read, exact)
             values = row.cache.buffers.read(read) if row is not None else b""
-            _write_whole(Path(path), [_MAGIC, len(head).to_bytes(8, "little"), head, values])
+            write_session(Path(path), header, values)
 
     @classmethod
     def load(
@@ -234,7 +196,7 @@ class Session:
     ) -> Session:
         """The session that was saved. Raises SessionError for a file that is damaged, of another
         version, or of another model."""
-        header, values = _read(Path(path))
+        header, values = read_session(Path(path))
         model = _fingerprint(generator)
         if header.model != model:
             raise SessionError(
@@ -246,7 +208,7 @@ class Session:
         self._ids = list(header.ids)
         vocab_size, context = generator.decoder.vocab_size, generator.decoder.context
         if any(not 0 <= token < vocab_size for token in header.ids) or header.read > context:
-            raise _damaged(path, "ids or lengths that the model has not")
+            raise damaged(path, "ids or lengths that the model has not")
         if header.read:
             self._slab = generator.calls.shelf.lend(header.read)
             row = self._slab.rows[0]
@@ -254,11 +216,11 @@ class Session:
                 row.cache.buffers.write(values, header.read)
             except ValueError as e:
                 self.close()
-                raise _damaged(path, str(e)) from e
+                raise damaged(path, str(e)) from e
             row.cache.go_to(header.read)
             row.ids, row.exact = self._ids[: header.read], header.exact
         elif values:
-            raise _damaged(path, "values of nothing")
+            raise damaged(path, "values of nothing")
         return self
 
     # --- inside -----------------------------------------------------------------------------------
@@ -302,9 +264,6 @@ class Session:
             self._busy.release()
 
 
-# --- the file -----------------------------------------------------------------------------------
-
-
 def _fingerprint(generator: Generator) -> str:
     fingerprint = generator.decoder.fingerprint
     if not fingerprint:
@@ -314,51 +273,3 @@ def _fingerprint(generator: Generator) -> str:
             do="keep the ids, and append them to a new session",
         )
     return fingerprint
-
-
-def _write_whole(path: Path, parts: Sequence[bytes]) -> None:
-    """Beside the target first, so that an interruption leaves what was there."""
-    draft = path.parent / f"{path.name}.{os.getpid()}.part"
-    try:
-        digest = hashlib.sha256()
-        with draft.open("wb") as stream:
-            for part in parts:
-                digest.update(part)
-                stream.write(part)
-            stream.write(digest.digest())
-        draft.replace(path)
-    except OSError as e:
-        with suppress(OSError):  # where nothing could be written there is nothing to remove
-            draft.unlink(missing_ok=True)
-        raise TargetError(f"to write {path}", found=e.strerror or str(e), do="check it") from e
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path) -> tuple[_Header, bytes]:
-    """Header and values. Raises SessionError."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        found = e.strerror or str(e)
-        raise SessionError(f"a session file at {path}", found=found, do="check the path") from e
-    start = len(_MAGIC) + 8
-    if not data.startswith(_MAGIC) or len(data) < start + _DIGEST:
-        raise _damaged(path, "no session file")
-    body, digest = data[:-_DIGEST], data[-_DIGEST:]
-    if hashlib.sha256(body).digest() != digest:
-        raise _damaged(path, "another sha256 than it was written with")
-    size = int.from_bytes(body[len(_MAGIC) : start], "little")
-    if size > min(_MAX_HEADER, len(body) - start):
-        raise _damaged(path, f"a header of {size} bytes")
-    try:
-        value = json.loads(body[start : start + size])
-    except (ValueError, RecursionError) as e:
-        raise _damaged(path, first_line(e)) from e
-    header = decode(_Header, value, error=SessionError, source=f"header of {path}")
-    return header, body[start + size :]
-
-
-def _damaged(path: str | os.PathLike[str], found: str) -> SessionError:
-    return SessionError(f"a whole session file at {path}", found=found, do="save the session again")

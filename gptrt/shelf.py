@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from gptrt.decoding import Reading, Runner, Slab
 from gptrt.errors import MemoryLimitError
+from gptrt.reading import Reading, Runner, Slab
 
 _KEPT = 2  # rows: two conversations in turn read nothing twice
 _GRAIN = 64  # positions: a call that is a little longer finds room in what is kept

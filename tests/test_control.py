@@ -151,7 +151,7 @@ def test_a_stream_that_is_left_says_so() -> None:
 
 
 def test_progress_is_told_of_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptrt.decoding.LONGEST_PASS", 4)
+    monkeypatch.setattr("gptrt.reading.LONGEST_PASS", 4)
     told: list[tuple[int, int]] = []
     generator = slow_generator(Slow(0.0))
     generator.generate(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import gptrt.decoding
+import gptrt.reading
 from gptrt.config import GenerationConfig
 from gptrt.errors import BundleError, GptrtError, OptionError, PromptError
 from gptrt.generator import Generator
@@ -50,7 +50,7 @@ def test_the_prompt_is_read_once_and_then_one_id_at_a_time() -> None:
 
 def test_a_long_prompt_is_read_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = babbling().generate("1234567", max_new_tokens=4)
-    monkeypatch.setattr(gptrt.decoding, "LONGEST_PASS", 4)
+    monkeypatch.setattr(gptrt.reading, "LONGEST_PASS", 4)
     decoder = FakeDecoder(noise)
     parts = Generator.from_parts(decoder, byte_tokenizer())
     assert parts.generate("1234567", max_new_tokens=4) == whole

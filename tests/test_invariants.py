@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gptrt
-import gptrt.decoding
+import gptrt.reading
 from gptrt.generator import Generator
 from gptrt.results import Generation
 from gptrt.session import Session
@@ -178,7 +178,7 @@ def test_saved_and_loaded_is_as_if_never_left(
 def test_a_prompt_in_parts_is_the_prompt(fresh: Generator, prompt: list[int], longest: int) -> None:
     whole = fresh.complete(prompt, max_new_tokens=8, top_logprobs=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptrt.decoding, "LONGEST_PASS", longest)
+        patch.setattr(gptrt.reading, "LONGEST_PASS", longest)
         parts = fresh.complete(prompt, max_new_tokens=8, top_logprobs=5)
     assert parts == whole  # to the last bit of every log probability
 

@@ -42,7 +42,7 @@ def test_a_continuation_has_the_probability_that_pytorch_gives_it(
     generator, model = pair
     prompt, continuations = IDS[:4], [IDS[4:], [3], [9, 9]]
     for longest in (256, 4):
-        monkeypatch.setattr("gptrt.decoding.LONGEST_PASS", longest)
+        monkeypatch.setattr("gptrt.reading.LONGEST_PASS", longest)
         for found, ids in zip(generator.score(prompt, continuations), continuations, strict=True):
             wanted = log_probs(model, [*prompt, *ids])[len(prompt) - 1 :]
             assert found.ids == tuple(ids)
@@ -88,7 +88,7 @@ def test_embeddings_pool_the_last_hidden_states(
     pair: tuple[Generator, GPT], longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, model = pair
-    monkeypatch.setattr("gptrt.decoding.LONGEST_PASS", longest)
+    monkeypatch.setattr("gptrt.reading.LONGEST_PASS", longest)
     with torch.no_grad():
         hidden = [model.hidden(torch.tensor([ids]))[0].numpy() for ids in (IDS, IDS[:3])]
     mean = generator.embed([IDS, IDS[:3]], normalize=False)
