@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from gptrt_export import metrics
+from gptrt_export.example_tables import split
 from gptrt_export.examples import Example, write_table
-from gptrt_export.finetune import split
 from gptrt_export.metrics import Scored
 
 from gptrt.tables import read_rows

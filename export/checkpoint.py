@@ -72,6 +72,12 @@ class Checkpoint:
     chat_template: ChatTemplate | None = None
     task: Task | None = None  # what it was fine-tuned for
 
+    def words(self) -> Tokenizer:
+        """Its tokenizer. Raises CheckpointError if there is none."""
+        if self.tokenizer is None:
+            raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
+        return self.tokenizer
+
     def model(self, dropout: float = 0.0) -> GPT:
         """The model to train further."""
         model = GPT(self.config, dropout)

@@ -78,11 +78,13 @@ def finetune(
       --column answer=label --label 1=positive --label 0=negative --out runs/reviews
     """
     from .estimate import estimate, tables_request
-    from .finetune import Tables, plan_finetuning, task_metric
+    from .example_tables import Tables
+    from .finetune import plan_finetuning
     from .hub import local_checkpoint
     from .lora import lora_config
     from .new_run import create_run
     from .progress import ProgressBar
+    from .task_metric import task_metric
     from .training import resumed, train_to_end
 
     if resume:
@@ -209,7 +211,7 @@ def evaluate(
     gptrt-export evaluate runs/reviews bundles/reviews-int4 --data runs/reviews/data/test.jsonl
     """
     from . import evaluate as evaluation
-    from .finetune import Tables, asked_task, read_examples
+    from .example_tables import Tables, asked_task, read_examples
     from .hub import local_checkpoint
     from .progress import ProgressBar
 

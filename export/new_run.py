@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
-from gptrt.errors import CheckpointError, TargetError
+from gptrt.errors import TargetError
 
 from . import data
 from .calibration import correct_errors
@@ -83,9 +83,7 @@ def create_run(path: Path, plan: RunPlan, progress: Progress = silent) -> Run:
 
 def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
     base = plan.start if isinstance(plan.start, Checkpoint) else None
-    tokenizer = base.tokenizer if base else _tokenizer(plan, progress)
-    if tokenizer is None:
-        raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
+    tokenizer = base.words() if base else _tokenizer(plan, progress)
     special = base.special if base else special_ids(tokenizer)
     (folder / DATA_FOLDER).mkdir()
     if plan.examples is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from gptrt.architecture import ModelConfig
 from gptrt.cache import KVCache
 from gptrt.decoder import Hidden, Ids, Logits, check_capacity
-from gptrt.errors import CheckpointError, PromptError
+from gptrt.errors import PromptError
 from gptrt.generator import Generator
 from gptrt.interrupt import Interrupt
 from gptrt.tokenizer import Tokenizer
@@ -36,10 +36,8 @@ def open_checkpoint_generator(checkpoint: Checkpoint) -> Generator:
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """As the runtime reads it. Raises CheckpointError if there is none."""
-    if checkpoint.tokenizer is None:
-        raise CheckpointError("a tokenizer.json beside the weights", found="none", do="add it")
     eos, template = checkpoint.special.eos, checkpoint.chat_template
-    return Tokenizer(checkpoint.tokenizer, eos, chat_template=template)
+    return Tokenizer(checkpoint.words(), eos, chat_template=template)
 
 
 class TorchDecoder:

@@ -13,11 +13,11 @@ from gptrt.errors import OptionError
 
 from .console import interruptible, say
 from .examples import TEST_TABLE
-from .finetune import finish, task_metric
 from .metrics import perplexity
 from .progress import ProgressBar
 from .runs import DATA_FOLDER, PLOT_FILE, Run, open_run
 from .start import check_compiler, choose_device
+from .task_metric import finish, task_metric
 from .train import TrainResult, train
 
 _TAKEN = {"out", "resume", "device", "max_steps", "max_time"}

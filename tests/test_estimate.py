@@ -13,7 +13,8 @@ import pytest
 from export import estimate as module
 from export.cli import main as gptrt_export
 from export.estimate import count_parameters, estimate, in_child, tables_request, texts_request
-from export.finetune import Tables, plan_finetuning
+from export.example_tables import Tables
+from export.finetune import plan_finetuning
 from export.model import GPT
 from export.needs import describe
 from export.runs import Run

@@ -17,16 +17,10 @@ from tokenizers import Tokenizer
 from export.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint, save_checkpoint
 from export.cli import main as gptrt_export
 from export.evaluate import evaluate
+from export.example_tables import Tables, balanced_weights, read_examples, split
 from export.examples import Example, Examples, write_examples
 from export.files import save_tensors, write_json
-from export.finetune import (
-    Tables,
-    balanced_weights,
-    calibrated,
-    plan_finetuning,
-    read_examples,
-    split,
-)
+from export.finetune import plan_finetuning
 from export.lora import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -44,6 +38,7 @@ from export.options import ConvertOptions
 from export.pipeline import convert, verify
 from export.progress import ProgressBar
 from export.runs import Run, open_run
+from export.task_metric import calibrated
 from export.tokenization import SpecialIds
 from export.torch_decoder import open_checkpoint_generator
 from export.train import train
