@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -33,11 +32,10 @@ from .gguf_vocabulary import read_chat_template, read_vocabulary, special_ids_of
 from .hub import name_of
 from .model import GPT, head_parameter
 from .parts import parameter_of
-from .pickled import load_pickled, pickled_file, read_pickled
+from .pickled import pickled_file, read_pickled
 from .projection import PROJECTIONS, project, unproject
 from .tokenization import (
     SpecialIds,
-    ids_without_rows,
     load_tokenizer,
     read_special_ids,
     save_tokenizer,
@@ -45,10 +43,8 @@ from .tokenization import (
     tokenizer_in,
 )
 from .trained_rounding import TrainedRounding
+from .weights import PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, fitting, has_weights, read_weights
 
-WEIGHTS_FILE = "model.safetensors"
-PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
-INDEX_SUFFIX = ".index.json"  # after either, where the weights are in shards
 LINEAGE_FILE = "lineage.json"
 TASK_FILE = "task.json"
 ROUNDING_FILE, FORMATS_FILE = "quantization.safetensors", "quantization.json"
@@ -139,7 +135,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             do=f"give {path.parent}",
         )
     folder = resolve_checkpoint(path)
-    if not _has(folder, WEIGHTS_FILE):
+    if not has_weights(folder, WEIGHTS_FILE):
         if file := gguf_file(folder):
             return _load_gguf(file)
         if file := pickled_file(folder):
@@ -156,11 +152,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     family = family_named(str(raw.get("model_type")))
     with _of_the_right_kinds(folder / CONFIG_FILE):
         config = family.from_json(raw)
-        tensors = family.from_tensors(config, dict(_read_weights(folder)))
+        tensors = family.from_tensors(config, dict(read_weights(folder)))
     tokenizer = tokenizer_in(folder, gpt2=family is GPT2)
     found = Checkpoint(
         config,
-        _checked_parts(config, tensors, tokenizer, folder),
+        fitting(config, tensors, tokenizer, folder),
         tokenizer,
         _read_lineage(folder) or {"source": name_of(path)},
         special=_special_ids(folder, config, tokenizer),
@@ -184,10 +180,6 @@ def _of_the_right_kinds(source: Path) -> Iterator[None]:
         ) from e
 
 
-def _has(folder: Path, weights: str) -> bool:
-    return any((folder / name).is_file() for name in (weights, weights + INDEX_SUFFIX))
-
-
 def _load_gguf(file: Path) -> Checkpoint:
     found = GgufFile.open(file)
     own = file.parent / TOKENIZER_FILE
@@ -195,7 +187,7 @@ def _load_gguf(file: Path) -> Checkpoint:
         config, tensors = found.model()
         tokenizer = load_tokenizer(own) if own.exists() else read_vocabulary(found.values, file)
         special, template = special_ids_of(found.values), read_chat_template(found.values)
-    state = _checked_parts(config, tensors, tokenizer, file)
+    state = fitting(config, tensors, tokenizer, file)
     lineage = {"source": file.name}
     return Checkpoint(config, state, tokenizer, lineage, None, special, template)
 
@@ -205,7 +197,7 @@ def _load_pickled(file: Path) -> Checkpoint:
         config, tensors = read_pickled(file)
         tensors = with_tied_head(config, tensors)
     tokenizer = tokenizer_in(file.parent, gpt2=True)
-    state = _checked_parts(config, tensors, tokenizer, file)
+    state = fitting(config, tensors, tokenizer, file)
     special = special_ids(tokenizer) if tokenizer else SpecialIds()
     return Checkpoint(config, state, tokenizer, {"source": file.name}, special=special)
 
@@ -264,77 +256,6 @@ def _read_task(folder: Path) -> Task | None:
     return decode(
         Task, read_json(file, error=CheckpointError), error=CheckpointError, source=f"{file}"
     )
-
-
-def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _weight_files(folder):
-        if file.suffix == ".safetensors":
-            yield from read_tensors(file)
-        else:
-            yield from ((k, v) for k, v in load_pickled(file).items() if isinstance(v, Tensor))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that no code can be in, if they are there."""
-    pickled = _has(folder, PICKLED_WEIGHTS_FILE) and not _has(folder, WEIGHTS_FILE)
-    weights = folder / (PICKLED_WEIGHTS_FILE if pickled else WEIGHTS_FILE)
-    index_file = weights.with_name(weights.name + INDEX_SUFFIX)
-    if index_file.is_file():
-        index = read_json(index_file, error=CheckpointError)
-        names = decode(
-            dict[str, str],
-            index.get("weight_map") if isinstance(index, dict) else index,
-            error=CheckpointError,
-            source=f"weight_map in {index_file}",
-        )
-        files = [folder / Path(name).name for name in sorted(set(names.values()))]
-    else:
-        files = [weights]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(
-            f"the weights in {folder}", found=f"no {', '.join(missing)}", do="copy all files again"
-        )
-    return files
-
-
-def _checked_parts(
-    config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer | None, folder: Path
-) -> dict[str, Tensor]:
-    """The parameters in fp32. Every fault at once: what is missing, what is left over, what has
-    another shape or holds no numbers, and tokens that no row of the matrix is for."""
-    state = {
-        name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
-    wanted = {name: tensor.shape for name, tensor in GPT.outline(config).state_dict().items()}
-    faults = [f"{name} is missing" for name in wanted.keys() - state.keys()]
-    faults += [
-        f"{name} is unknown, its shape {list(state[name].shape)}"
-        for name in state.keys() - wanted.keys()
-    ]
-    faults += [
-        f"{name} has shape {list(state[name].shape)}, wanted {list(wanted[name])}"
-        for name in wanted.keys() & state.keys()
-        if state[name].shape != wanted[name]
-    ]
-    faults += [
-        f"{name} holds {tensor.dtype}, wanted floats"
-        for name, tensor in state.items()
-        if not tensor.is_floating_point()
-    ]
-    faults += [
-        f"{name} holds values that are infinite or no numbers"
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    faults += ids_without_rows(tokenizer, config.vocab_size)
-    if faults:
-        raise CheckpointError(
-            f"weights and a tokenizer in {folder} that fit its configuration",
-            found="; ".join(sorted(faults)),
-            do="restore all files from the same model",
-        )
-    return state
 
 
 def save_checkpoint(
