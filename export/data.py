@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from gptrt.disk import replaced
 from gptrt.errors import DataError
 
 from .progress import Progress, silent
@@ -120,9 +120,8 @@ def tokenize(
     Returns how many ids were written, and the last `held_out` share of every file, which is left
     out of `target`. The file appears under its name only when it is whole.
     """
-    partial = target.with_name(target.name + ".partial")
     held: list[NDArray[np.uint32]] = []
-    with partial.open("w+b") as out:
+    with replaced(target, target.with_name(f"{target.name}.partial")) as out:
         for number, path in enumerate(paths):
             start = out.tell()
             progress(number / len(paths), f"tokenizing {path.name}")
@@ -138,9 +137,6 @@ def tokenize(
                 out.seek(cut)
                 out.truncate()
         total = out.tell() // _DTYPE.itemsize
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(target)
     return total, np.concatenate(held).astype(np.int64) if held else np.zeros(0, np.int64)
 
 
@@ -160,9 +156,8 @@ def encode(tokenizer: Tokenizer, text: str, path: Path, *, whole: bool = False) 
 
 def save_ids(ids: Ids, target: Path) -> None:
     """Write ids as `tokenize` does, whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    ids.astype(_DTYPE).tofile(partial)
-    partial.replace(target)
+    with replaced(target, target.with_name(f"{target.name}.partial")) as stream:
+        stream.write(ids.astype(_DTYPE).tobytes())
 
 
 def open_ids(path: Path) -> NDArray[np.uint32]:

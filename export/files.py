@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptrt.disk import replaced, sync
 from gptrt.errors import CheckpointError, TargetError, first_line
 
 
@@ -42,7 +43,17 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(_json(value))
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Replace a small JSON file in one step."""
+    with replaced(path, path.with_name(f".{path.name}.partial")) as stream:
+        stream.write(_json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager
@@ -65,8 +76,8 @@ def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         old = temporary.with_suffix(".old")
         try:
             if force and target.is_dir():
@@ -75,7 +86,7 @@ def written_whole(target: Path, *, force: bool = False) -> Iterator[Path]:
         except OSError as e:
             raise _not_written(target, e) from e
         shutil.rmtree(old, ignore_errors=True)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if not target.exists():
@@ -88,19 +99,3 @@ def _not_written(target: Path, error: OSError) -> TargetError:
     return TargetError(
         f"to write {target}", found=error.strerror or str(error), do="choose another place"
     )
-
-
-def replace_json(path: Path, value: Any) -> None:
-    """Replace a small JSON file in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write_json(temporary, value)
-    _sync(temporary)
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 
 from gptrt.architecture import ModelConfig
+from gptrt.disk import lock, replaced
 from gptrt.errors import CheckpointError, OptionError
 from gptrt.schema import bounded, decode, read_json
-from gptrt.target import lock
 from gptrt.task import Task
 
 from . import data
@@ -194,9 +194,8 @@ def truncate_log(path: Path, step: int) -> None:
         return
     lines = path.read_text().splitlines() if step else []
     kept = [line for line in lines if _step_of(line) <= step]
-    half = path.with_suffix(".partial")
-    half.write_text("".join(line + "\n" for line in kept))
-    half.replace(path)
+    with replaced(path, path.with_suffix(".partial")) as stream:
+        stream.write("".join(line + "\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gptrt.architecture import MAX_COUNT
+from gptrt.disk import replaced
 from gptrt.errors import SessionError, TargetError, first_line
 from gptrt.schema import bounded, decode
 
@@ -50,21 +50,15 @@ def write_session(path: Path, header: Header, values: bytes) -> None:
     head = json.dumps(asdict(header)).encode()
     parts = (_MAGIC, len(head).to_bytes(8, "little"), head, values)
     draft = path.parent / f"{path.name}.{os.getpid()}.part"
+    digest = hashlib.sha256()
     try:
-        digest = hashlib.sha256()
-        with draft.open("wb") as stream:
+        with replaced(path, draft) as stream:
             for part in parts:
                 digest.update(part)
                 stream.write(part)
             stream.write(digest.digest())
-        draft.replace(path)
     except OSError as e:
-        with suppress(OSError):  # where nothing could be written there is nothing to remove
-            draft.unlink(missing_ok=True)
         raise TargetError(f"to write {path}", found=e.strerror or str(e), do="check it") from e
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def read_session(path: Path) -> tuple[Header, bytes]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
+from gptrt.disk import lock, onto_disk, replaced, sync
 from gptrt.errors import TargetError
 from gptrt.schema import bounded, decode, read_json
 
@@ -128,7 +129,7 @@ class Target:
     def add(self, stream: IO[bytes], data: bytes, rows: int) -> None:
         """So many rows more. They count once they are on the disk."""
         stream.write(data)
-        _onto_disk(stream)
+        onto_disk(stream)
         done = replace(self.state, rows=self.state.rows + rows, bytes=self.state.bytes + len(data))
         _write_state(beside(self.output)[1], done)
         self.state = done
@@ -139,7 +140,7 @@ class Target:
         with _told(self.output):
             if not self.finished:
                 partial.replace(self.output)
-                _sync_folder(self.output.parent)
+                sync(self.output.parent)
             self.finished = True
             state_file.unlink(missing_ok=True)
 
@@ -173,41 +174,5 @@ def _remove(partial: Path) -> None:
 
 
 def _write_state(path: Path, state: State) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f"{path.name}.part")
-    with draft.open("wb") as stream:
+    with replaced(path, path.with_name(f"{path.name}.part")) as stream:
         stream.write(json.dumps(asdict(state)).encode())
-        _onto_disk(stream)
-    draft.replace(path)
-    _sync_folder(path.parent)
-
-
-def _onto_disk(stream: IO[bytes]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """The names in it: without this a power cut may undo a rename."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems know no such thing
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def lock(stream: IO[bytes], path: Path) -> None:
-    """For this process, until the file is closed, however that comes about. Raises TargetError."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise TargetError(
-            f"{path} for this run alone", found="another one that writes it", do="wait for its end"
-        ) from e
