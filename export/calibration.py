@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .blocks import BlockFormat, BlockMatrix
-from .fisher import OutputCosts
+from .fisher import OutputCosts, add_products
 from .model import GPT, Attend, CausalAttention, head_parameter
 from .parts import parameter_of, parts_of, rows_of
 from .progress import Progress, within
@@ -51,7 +51,7 @@ def correct_errors(
     by_row = quick_by_row(model.config) if by_row is None else by_row
     work = _Correction(model.eval(), formats, progress)
     costs = OutputCosts.measure(model, windows, progress)
-    attend, batches = CausalAttention(model.config), _batches(windows)
+    attend, batches = CausalAttention(model.config), in_batches(windows)
     if not model.config.tied:
         work.store_all("wte.weight", None)
     elif by_row:
@@ -153,7 +153,7 @@ def corrected_by_row(
 @torch.no_grad()
 def costs_of_rows(model: GPT, windows: Ids, costs: OutputCosts) -> RowCosts:
     """Of the matrix that makes logits, in the model as it is."""
-    contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in _batches(windows)])
+    contexts = torch.cat([model.hidden(ids).flatten(0, 1) for ids in in_batches(windows)])
     cost = costs.embedded
     if cost is not None and model.config.projected:
         into_stream = model.project_in.weight
@@ -169,7 +169,7 @@ def moments_of(
     sums: dict[str, Tensor] = {}
     modules = {name: name.removesuffix(".weight") for name in names}
     modules[head_parameter(model.config)] = "lm_head"
-    for ids in _batches(windows):
+    for ids in in_batches(windows):
         seen: dict[str, list[Tensor]] = {
             module: [] for name, module in modules.items() if module not in ("wte", "wpe")
         }
@@ -177,8 +177,7 @@ def moments_of(
             model(ids)
         for name, module in modules.items():
             for x in seen.get(module, []):
-                flat = x.flatten(0, -2)
-                sums[name] = sums.get(name, torch.zeros(())) + flat.T @ flat
+                add_products(sums, name, x)
     products = costs.products
     return {name: Moments(h, output_costs=products.get(name)) for name, h in sums.items()}
 
@@ -230,8 +229,9 @@ def _run(attend: Attend, layer: int, block: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _batches(windows: Ids) -> list[Tensor]:
-    size = max(1, _BATCH_TOKENS // windows.shape[1])
+def in_batches(windows: Ids, tokens: int = _BATCH_TOKENS) -> list[Tensor]:
+    """Windows [count, length], as many at a time as make so many tokens."""
+    size = max(1, tokens // windows.shape[1])
     return list(torch.split(torch.from_numpy(windows), size))
 
 

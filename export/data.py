@@ -18,6 +18,7 @@ from gptrt.errors import DataError
 from .progress import Progress, silent
 
 Ids = NDArray[np.int64]
+StoredIds = NDArray[np.uint32]  # as files have them
 
 TRAIN_IDS, VALID_IDS = "train.bin", "valid.bin"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
@@ -120,7 +121,7 @@ def tokenize(
     Returns how many ids were written, and the last `held_out` share of every file, which is left
     out of `target`. The file appears under its name only when it is whole.
     """
-    held: list[NDArray[np.uint32]] = []
+    held: list[StoredIds] = []
     with replaced(target, target.with_name(f"{target.name}.partial")) as out:
         for number, path in enumerate(paths):
             start = out.tell()
@@ -160,7 +161,7 @@ def save_ids(ids: Ids, target: Path) -> None:
         stream.write(ids.astype(_DTYPE).tobytes())
 
 
-def open_ids(path: Path) -> NDArray[np.uint32]:
+def open_ids(path: Path) -> StoredIds:
     """The ids of a file that `tokenize` wrote, memory-mapped."""
     if not path.is_file() or path.stat().st_size == 0:
         raise DataError(f"token ids in {path}", found="nothing", do="give --data again")

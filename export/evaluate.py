@@ -155,7 +155,7 @@ def _answer_nats(generator: Generator, task: Task, example: Example) -> tuple[fl
     """Nats of the best answer, summed over its ids, and their number. Without a prompt the first id
     of it is given, and predicted by nothing."""
     if not task.prompt:
-        ids = [*generator.encode(example.answers[0]), *_ends(generator)]
+        ids = _closed(generator, generator.encode(example.answers[0]))
         text = generator.perplexity(ids)
         return text.nll * text.tokens, text.tokens
     prompt, ids = _prompt_and_answer(generator, task, example)
@@ -168,13 +168,14 @@ def _prompt_and_answer(
 ) -> tuple[list[int], list[int]]:
     """Raises PromptError where the best answer, with its end, leaves no room."""
     answer = generator.encode(answer_text(example.answers[0]), whole=False)
-    ids = [*answer, *_ends(generator)]
+    ids = _closed(generator, answer)
     room = max(0, generator.decoder.context - len(ids))
     return task.prompt_ids(example.fields, generator.encode, room), ids
 
 
-def _ends(generator: Generator) -> list[int]:
-    return list(generator.tokenizer.eos_token_ids[:1])
+def _closed(generator: Generator, answer: list[int]) -> list[int]:
+    end = generator.tokenizer.end
+    return answer if end is None else [*answer, end]
 
 
 # --- models side by side ------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class OutputCosts:
                 drawn = _gradient_of_draws(hidden.detach().flatten(0, 1), head, random)
                 (gradient,) = torch.autograd.grad(hidden, x, drawn.view_as(hidden))
                 if model.config.tied:
-                    _add(sums, _EMBEDDED, gradient)
+                    add_products(sums, _EMBEDDED, gradient)
                 tokens += ids.numel()
         means = {name: total / tokens for name, total in sums.items()}
         return cls(means.pop(_EMBEDDED, None), means)
@@ -115,11 +115,12 @@ def _watching_gradients(products: dict[str, nn.Linear], sums: dict[str, Tensor])
 def _add_gradient(
     sums: dict[str, Tensor], name: str, _module: nn.Module, _reads: Any, gives: tuple[Tensor, ...]
 ) -> None:
-    _add(sums, name, gives[0])
+    add_products(sums, name, gives[0])
 
 
-def _add(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    flat = gradient.flatten(0, -2)
+def add_products(sums: dict[str, Tensor], name: str, vectors: Tensor) -> None:
+    """To what is summed under a name, x xᵀ for each of the vectors x [..., width]."""
+    flat = vectors.flatten(0, -2)
     part = flat.T @ flat
     sums[name] = sums[name] + part if name in sums else part
 

@@ -9,7 +9,6 @@ are meant to be bound to the same buffer, [batch, kv_heads, max_length, head_dim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +17,7 @@ from torch import Tensor
 from gptrt.architecture import ModelConfig
 from gptrt.format import (
     ATTENTION_MASK,
+    CACHE_PARTS,
     HIDDEN_STATES,
     INPUT_IDS,
     LOGITS,
@@ -34,7 +34,6 @@ PARAMETER_PREFIX = "model."  # of the constants: the rest is the parameter's nam
 OPSET = 21  # the newest whose every operator onnxruntime has had for long
 
 _END = np.iinfo(np.int64).max  # of a slice: wherever that is
-_PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 
 def build_graph(model: GPT, *, hidden_states: bool = False) -> ir.Model:
@@ -52,7 +51,7 @@ def build_graph(model: GPT, *, hidden_states: bool = False) -> ir.Model:
     positions = tracer.input(POSITION_IDS, ir.DataType.INT64, ["batch", "new"])
     keep = tracer.input(NUM_LOGITS_TO_KEEP, ir.DataType.INT64, [1])
     cache: Shape = ["batch", config.n_kv_head, "cache_length", config.head_dim]
-    each = [(layer, part) for layer in range(config.n_layer) for part in _PARTS]
+    each = [(layer, part) for layer in range(config.n_layer) for part in CACHE_PARTS]
     past = [tracer.input(past_name(*one), dtype, cache) for one in each]
     attend = CachedAttention(config, mask, past, list(tables.values()))
     # To the modules what is traced is a tensor.

@@ -9,7 +9,6 @@ text gives is put at 127; what exceeds it elsewhere is clipped.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gptrt.format import past_name, present_name
+from gptrt.format import CACHE_PARTS, past_name, present_name
 
 from .data import in_order
 from .model import GPT, CausalAttention
@@ -26,7 +25,6 @@ Scales = NDArray[np.float32]  # [kv_heads, 1, head_dim]
 CALIBRATION_TOKENS = 16_384
 _LARGEST = 127
 _SCALE_INPUTS = 12  # of GroupQueryAttention: the key's, then the value's
-_PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def quantize_cache(graph: ir.Graph, scales: list[CacheScales]) -> None:
     attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
     for layer, (node, of_layer) in enumerate(zip(attentions, scales, strict=True)):
         node.resize_inputs(_SCALE_INPUTS + 2)
-        for number, part in enumerate(_PARTS):
+        for number, part in enumerate(CACHE_PARTS):
             constant = ir.tensor(getattr(of_layer, part), name=f"cache.{layer}.{part}_scale")
             scale = ir.Value(name=constant.name, const_value=constant)
             graph.initializers.add(scale)

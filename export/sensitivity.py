@@ -23,7 +23,7 @@ from gptrt.errors import OptionError
 from gptrt.format import StoredMatrix
 
 from .blocks import BlockFormat, BlockMatrix
-from .calibration import Ids, corrected_by_row, costs_of_rows, moments_of
+from .calibration import Ids, corrected_by_row, costs_of_rows, in_batches, moments_of
 from .fisher import OutputCosts
 from .model import GPT, head_parameter
 from .parts import parameter_of, rows_of
@@ -74,7 +74,7 @@ def measure_damage(
     both windows [count, length]."""
     shapes = part_shapes(model.config)
     corrected = _corrector(model, calibration, progress)
-    reference = [F.log_softmax(model(ids), dim=-1) for ids in _batches(text)]
+    reference = [F.log_softmax(model(ids), dim=-1) for ids in in_batches(text, _BATCH_TOKENS)]
     twin, options = copy.deepcopy(model).eval(), {}
     for number, (name, shape) in enumerate(shapes.items()):
         progress(number / len(shapes), f"measuring {name}")
@@ -119,15 +119,11 @@ def _corrector(model: GPT, calibration: Ids, progress: Progress) -> _Corrector:
     return corrected
 
 
-def _batches(text: Ids) -> tuple[Tensor, ...]:
-    return torch.split(torch.from_numpy(text), max(1, _BATCH_TOKENS // text.shape[1]))
-
-
 def _divergence(model: GPT, text: Ids, reference: list[Tensor]) -> float:
     """Mean KL divergence of the model's predictions from `reference`, nats a token."""
     total = sum(
         F.kl_div(F.log_softmax(model(ids), dim=-1), wanted, reduction="sum", log_target=True).item()
-        for ids, wanted in zip(_batches(text), reference, strict=True)
+        for ids, wanted in zip(in_batches(text, _BATCH_TOKENS), reference, strict=True)
     )
     return total / text.size
 

@@ -7,17 +7,14 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gptrt.architecture import ModelConfig
 from gptrt.errors import CheckpointError, DataError
 
-from .data import TRAIN_IDS, VALID_IDS, encode, open_ids, read_pieces
+from .data import TRAIN_IDS, VALID_IDS, StoredIds, encode, open_ids, read_pieces
 from .examples import Examples, has_examples
 from .runs import DATA_FOLDER
-
-Ids = NDArray[np.uint32]
 
 DEFAULT_TOKENS = 16_384  # to verify on
 _MOST_CALIBRATION, _LEAST_CALIBRATION = 1 << 16, 1 << 10
@@ -30,9 +27,9 @@ class Texts:
     """`verify` is text that neither training nor calibration has seen; `calibration` is there
     where it was asked for. `examples` is there where `verify` consists of them."""
 
-    verify: Ids
+    verify: StoredIds
     name: str
-    calibration: Ids | None
+    calibration: StoredIds | None
     examples: Examples | None = None
 
 
@@ -100,7 +97,7 @@ def calibration_tokens(config: ModelConfig) -> int:
     return max(1 << 13, min(_MOST_CALIBRATION, int(_CALIBRATION_WORK / size)))
 
 
-def _read(tokenizer: Tokenizer, path: Path, tokens: int) -> Ids:
+def _read(tokenizer: Tokenizer, path: Path, tokens: int) -> StoredIds:
     """The first ids of a file. As in use, one token begins a text where the tokenizer has one."""
     pieces = (
         encode(tokenizer, piece, path, whole=number == 0)
@@ -109,7 +106,7 @@ def _read(tokenizer: Tokenizer, path: Path, tokens: int) -> Ids:
     return np.fromiter(islice(chain.from_iterable(pieces), tokens + 1), np.uint32)
 
 
-def _split(ids: Ids, tokens: int, *, halve: bool) -> tuple[Ids, Ids]:
+def _split(ids: StoredIds, tokens: int, *, halve: bool) -> tuple[StoredIds, StoredIds]:
     """What to verify on, and what is left: the half of a text that is short, if it is needed."""
     cut = min(tokens + 1, len(ids) // 2 if halve else len(ids))
     return ids[:cut], ids[cut:]
@@ -119,7 +116,7 @@ def _same(a: Path, b: Path | None) -> bool:
     return b is not None and a.exists() and b.exists() and a.samefile(b)
 
 
-def _check_length(ids: Ids, config: ModelConfig) -> None:
+def _check_length(ids: StoredIds, config: ModelConfig) -> None:
     least = max(_LEAST_CALIBRATION, config.n_embd, config.n_inner)
     if len(ids) < least:
         raise DataError(

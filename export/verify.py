@@ -15,11 +15,10 @@ from gptrt.errors import DataError
 from gptrt.format import Fidelity, Golden
 from gptrt.reading import Runner
 
-from .data import Batch, in_order
+from .data import Batch, StoredIds, in_order
 from .examples import Examples
 from .loss import IGNORED
 
-Ids = NDArray[np.uint32]
 Reference = Callable[[Tensor], Tensor]  # ids [batch, length] -> logits [batch, length, vocab]
 
 _LOGITS_BYTES = 64 << 20  # of one batch of windows
@@ -34,7 +33,7 @@ _CLEAR_LEAD = 0.05
 def measure(
     decoder: Runner,
     model: Reference,
-    ids: Ids,
+    ids: StoredIds,
     *,
     text: str,
     tokens: int,
@@ -111,7 +110,7 @@ def _nll(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def greedy_agreement(decoder: Runner, model: Reference, ids: Ids) -> float:
+def greedy_agreement(decoder: Runner, model: Reference, ids: StoredIds) -> float:
     """How much of a greedy continuation both share before they differ: the mean share over prompts
     from all over the text.
 
@@ -134,7 +133,7 @@ def greedy_agreement(decoder: Runner, model: Reference, ids: Ids) -> float:
     return float(np.cumprod(best == found[:, length:], axis=1).mean())
 
 
-def golden_prompts(decoder: Runner, ids: Ids) -> tuple[Golden, ...]:
+def golden_prompts(decoder: Runner, ids: StoredIds) -> tuple[Golden, ...]:
     """Greedy continuations of a few places of the text, each cut where the lead gets thin."""
     length = min(_GOLDEN_PROMPT, decoder.context // 2, len(ids))
     starts = [i * (len(ids) - length) // _GOLDEN_COUNT for i in range(_GOLDEN_COUNT)]

@@ -111,7 +111,7 @@ def classify(
 
 def _ids(calls: Calls, encode: Encode, asked: Choice) -> list[list[int]]:
     """Of the labels that are asked for; the others say whether the end counts."""
-    every = label_ids(asked.task.labels, partial(encode, whole=False), _end(calls))
+    every = label_ids(asked.task.labels, partial(encode, whole=False), calls.tokenizer.end)
     found = dict(zip(asked.task.labels, every, strict=True))
     for ids in every:
         check_prompt(ids, calls.decoder.vocab_size)
@@ -161,7 +161,7 @@ def likeliest_sentence(calls: Calls, encode: Encode, task: Task, text: Text) -> 
     found = sentences(max(fields.values(), key=len))
     if not found:
         raise PromptError("a text of a sentence or more", found="none", do="give some text")
-    end = _end(calls)
+    end = calls.tokenizer.end
     length = min(task.max_new_tokens, calls.decoder.context // 2)
     ends = [] if end is None else [end]
     answers = [[*encode(answer_text(each), whole=False), *ends][:length] for each in found]
@@ -181,8 +181,3 @@ def _prompt(
     ids = task.prompt_ids(fields, encode, max(0, room))
     check_prompt(ids, calls.decoder.vocab_size)
     return ids
-
-
-def _end(calls: Calls) -> int | None:
-    """The id with which training ends an answer."""
-    return next(iter(calls.tokenizer.eos_token_ids), None)

@@ -80,8 +80,7 @@ class Decoder:
 
     def cache_bytes(self, capacity: int, batch: int = 1) -> int:
         """What `new_cache` takes."""
-        layout = self.manifest.cache
-        return 2 * layout.layers * batch * capacity * position_bytes(layout)
+        return cache_bytes(self.manifest.cache, capacity, batch)
 
     def run(
         self,
@@ -144,9 +143,10 @@ def _width(manifest: Manifest) -> int:
     return manifest.model.n_embd
 
 
-def position_bytes(layout: CacheLayout) -> int:
-    """Of one key or value of one position in one layer."""
-    return layout.kv_heads * layout.head_dim * np.dtype(layout.dtype).itemsize
+def cache_bytes(layout: CacheLayout, capacity: int, batch: int) -> int:
+    """Of keys and values for `capacity` positions in each of `batch` rows."""
+    position = layout.kv_heads * layout.head_dim * np.dtype(layout.dtype).itemsize
+    return 2 * layout.layers * position * capacity * batch
 
 
 def check_capacity(capacity: int, context: int) -> None:

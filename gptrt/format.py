@@ -51,12 +51,16 @@ LOGITS = "logits"  # float32 [batch, kept, vocab]
 HIDDEN_STATES = "hidden_states"  # float32 [batch, new, n_embd], optional: of the last norm
 
 
-def past_name(layer: int, part: Literal["key", "value"]) -> str:
+CachePart = Literal["key", "value"]
+CACHE_PARTS: tuple[CachePart, ...] = ("key", "value")  # of every layer, in this order
+
+
+def past_name(layer: int, part: CachePart) -> str:
     """The cache of one layer as a graph input: [batch, kv_heads, max_length, head_dim]."""
     return f"past_key_values.{layer}.{part}"
 
 
-def present_name(layer: int, part: Literal["key", "value"]) -> str:
+def present_name(layer: int, part: CachePart) -> str:
     """The same buffer as a graph output; bound to the same memory, it is updated in place."""
     return f"present.{layer}.{part}"
 

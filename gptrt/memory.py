@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptrt.architecture import ForeignModel, ModelConfig
-from gptrt.decoder import position_bytes
+from gptrt.decoder import cache_bytes
 from gptrt.errors import OptionError
 from gptrt.format import Manifest, read_manifest
 from gptrt.reading import LONGEST_PASS
@@ -51,11 +51,10 @@ def estimate(
             found=f"{length} and {batch}",
             do="correct them",
         )
-    layout = manifest.cache
     return MemoryEstimate(
         runtime=_RUNTIME + _TOKENIZER * manifest.model.vocab_size,
         weights=int(_KEPT * manifest.weights_bytes),
-        cache=2 * layout.layers * position_bytes(layout) * length * batch,
+        cache=cache_bytes(manifest.cache, length, batch),
         passes=_ARENA * _pass_bytes(manifest, length, batch),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gptrt.engine import Capture, Engine, Memory
 from gptrt.format import (
     ATTENTION_MASK,
+    CACHE_PARTS,
     INPUT_IDS,
     LOGITS,
     NUM_LOGITS_TO_KEEP,
@@ -35,8 +36,8 @@ _SAME = 2**-7  # of the largest logit, between two ways to the same: fp16 knows 
 
 def cache_names(layout: CacheLayout) -> list[tuple[str, str]]:
     """Past and present of every key and value."""
-    parts: tuple[Literal["key", "value"], ...] = ("key", "value")
-    return [(past_name(n, p), present_name(n, p)) for n in range(layout.layers) for p in parts]
+    slots = ((layer, part) for layer in range(layout.layers) for part in CACHE_PARTS)
+    return [(past_name(*slot), present_name(*slot)) for slot in slots]
 
 
 class BoundCache:

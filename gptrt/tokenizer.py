@@ -82,6 +82,11 @@ class Tokenizer:
         """The same, with no id that ends a text: for measuring and for comparing ids."""
         return self.ending_with(())
 
+    @property
+    def end(self) -> int | None:
+        """The id that training closes a text with."""
+        return next(iter(self.eos_token_ids), None)
+
     def ending_with(self, eos_token_ids: Iterable[int]) -> Tokenizer:
         """The same, with other ids that end a text."""
         twin = copy.copy(self)
