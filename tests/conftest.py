@@ -11,6 +11,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from export.tokenization import TokenizerConfig, special_ids, train_tokenizer
 from export.train import train
 from gptrt.architecture import ModelConfig
 from gptrt.cli import main as gptrt
+from gptrt.format import MANIFEST_FILE, describe_file
 
 # A shell has what it starts in the background ignore Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -146,18 +148,39 @@ def copied(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / MANIFEST_FILE
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def rehash(folder: Path, name: str) -> None:
+    """Let the manifest agree with a file that was changed."""
+    entry = asdict(describe_file(folder / name))
+    change_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
+
+
 @pytest.fixture
 def edit_manifest(copied: Path) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
     """Change the manifest of the copy."""
 
     def edit(change: Callable[[dict[str, Any]], object]) -> Path:
-        path = copied / "gptrt.json"
-        value = json.loads(path.read_text())
-        change(value)
-        path.write_text(json.dumps(value))
+        change_manifest(copied, change)
         return copied
 
     return edit
+
+
+# The command `gptrt` at the pace of a model that is large: every pass takes a while.
+SLOW_GPTRT = """
+import time
+from gptrt.cli import main
+from gptrt.decoder import Decoder
+run = Decoder.run
+Decoder.run = lambda *args, **kwargs: time.sleep(0.03) or run(*args, **kwargs)
+main()
+"""
 
 
 @pytest.fixture(scope="session")

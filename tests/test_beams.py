@@ -13,6 +13,7 @@ import torch
 
 from export.checkpoint import load_checkpoint, save_checkpoint
 from export.runs import Run
+from gptrt.config import GenerationConfig
 from gptrt.errors import FidelityError, OptionError
 from gptrt.generator import Generator
 from gptrt.interrupt import Cancellation
@@ -114,20 +115,16 @@ def test_a_beam_finds_what_greedy_misses() -> None:
 def test_prompts_with_beams_and_without_go_in_one_call(pair: tuple[Generator, Any]) -> None:
     generator, _ = pair
     configs = [
-        generator_config(num_beams=3, num_return_sequences=2),
-        generator_config(),
-        generator_config(temperature=0.9, seed=1, num_return_sequences=3),
+        GenerationConfig(max_new_tokens=8, num_beams=3, num_return_sequences=2),
+        GenerationConfig(
+            max_new_tokens=8,
+        ),
+        GenerationConfig(max_new_tokens=8, temperature=0.9, seed=1, num_return_sequences=3),
     ]
     found = generator.complete_batch(PROMPTS, config=configs)
     assert [result.score is None for result in found] == [False, False, True, True, True, True]
     alone = generator.complete(PROMPTS[1], config=configs[1])
     assert found[2].ids == alone.ids
-
-
-def generator_config(**options: Any) -> Any:
-    from gptrt.config import GenerationConfig
-
-    return GenerationConfig(max_new_tokens=8, **options)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -14,10 +13,10 @@ import pytest
 
 from gptrt.cli import main as gptrt
 from gptrt.errors import BundleError
-from gptrt.format import describe_file, read_manifest
+from gptrt.format import read_manifest
 from gptrt.generator import Generator
 
-from .conftest import assert_refused, run_cli
+from .conftest import assert_refused, rehash, run_cli
 
 Change = Callable[[dict[str, Any]], object]
 EditManifest = Callable[[Change], Path]
@@ -30,14 +29,6 @@ def assert_both_refuse(bundle: Path, *words: str) -> None:
         assert_refused(result, *words)
         assert result.stdout == ""
         assert result.stderr.count("; ") >= 2, result.stderr
-
-
-def rehash(folder: Path, name: str) -> None:
-    """Let the manifest agree with a file that was changed."""
-    path = folder / "gptrt.json"
-    manifest, entry = json.loads(path.read_text()), describe_file(folder / name)
-    manifest["files"][name] = {"size": entry.size, "sha256": entry.sha256}
-    path.write_text(json.dumps(manifest))
 
 
 def put(*keys: str | int, value: Any) -> Change:

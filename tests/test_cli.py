@@ -27,22 +27,10 @@ from gptrt.format import open_bundle, read_manifest
 from gptrt.generator import Generator
 from gptrt.tokenizer import Tokenizer
 
-from .conftest import assert_refused, run_cli, story
+from .conftest import SLOW_GPTRT, assert_refused, run_cli, story
 
 PROMPT = "The old king said"
 GPTRT = [sys.executable, "-W", "error", "-c", "from gptrt.cli import main; main()"]
-# The same, at the pace of a model that is large: every pass takes a while.
-SLOW_GPTRT = [
-    *GPTRT[:-1],
-    """
-import time
-from gptrt.cli import main
-from gptrt.decoder import Decoder
-run = Decoder.run
-Decoder.run = lambda *args, **kwargs: time.sleep(0.05) or run(*args, **kwargs)
-main()
-""",
-]
 
 
 def printed(*arguments: object) -> str:
@@ -134,7 +122,7 @@ def test_every_option_of_sampling_reaches_the_sampler(bundle: Path) -> None:
 
 
 def test_ctrl_c_ends_a_stream_with_130_and_without_a_traceback(bundle: Path) -> None:
-    command = [*SLOW_GPTRT, "generate", str(bundle), PROMPT]
+    command = [*GPTRT[:-1], SLOW_GPTRT, "generate", str(bundle), PROMPT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

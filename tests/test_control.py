@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptrt.config import GenerationConfig
 from gptrt.errors import CancelledError, GptrtError, MemoryLimitError, OptionError
 from gptrt.generator import Generator
 from gptrt.interrupt import Cancellation
@@ -118,18 +119,12 @@ def test_a_timeout_ends_a_batch_and_leaves_what_is_done() -> None:
     short, long = generator.complete_batch(
         ["a", "b"],
         config=[
-            gptrt_config(max_new_tokens=2, timeout=0.5),
-            gptrt_config(max_new_tokens=4000, timeout=0.5),
+            GenerationConfig(max_new_tokens=2, timeout=0.5),
+            GenerationConfig(max_new_tokens=4000, timeout=0.5),
         ],
     )
     assert (short.finish_reason, long.finish_reason) == ("length", "time")
     assert len(long.ids) > 2
-
-
-def gptrt_config(**options: Any) -> Any:
-    from gptrt.config import GenerationConfig
-
-    return GenerationConfig(**options)
 
 
 def test_a_real_pass_is_interrupted_and_the_generator_stays_usable(bundle: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +23,9 @@ from export.runs import Run
 from gptrt.decoder import Decoder
 from gptrt.engine import import_onnxruntime
 from gptrt.errors import BundleError, DeviceError, OptionError, PromptError
-from gptrt.format import Bundle, describe_file, open_bundle
+from gptrt.format import Bundle, open_bundle
+
+from .conftest import rehash
 
 Change = Callable[[dict[str, Any]], object]
 EditManifest = Callable[[Change], Path]
@@ -37,10 +38,7 @@ def decoder(bundle: Path) -> Decoder:
 
 def rehashed(folder: Path) -> Bundle:
     """The bundle, its manifest made to agree with a graph that was changed."""
-    path = folder / "gptrt.json"
-    manifest, entry = json.loads(path.read_text()), describe_file(folder / "model.onnx")
-    manifest["files"]["model.onnx"] = {"size": entry.size, "sha256": entry.sha256}
-    path.write_text(json.dumps(manifest))
+    rehash(folder, "model.onnx")
     return open_bundle(folder)
 
 

@@ -23,7 +23,6 @@ from click.testing import Result
 from gptrt.cli import main as gptrt
 from gptrt.constraint import Regex
 from gptrt.errors import DataError, OptionError, TargetError
-from gptrt.format import MANIFEST_FILE
 from gptrt.generator import Generator
 from gptrt.opening import embedded_bundle
 from gptrt.run import Job, Report, carry_out, made_of, plan_for
@@ -31,7 +30,7 @@ from gptrt.tables import read_rows
 from gptrt.target import Target
 from gptrt.task import Task
 from gptrt.testing import FakeDecoder, byte_tokenizer
-from tests.conftest import assert_refused, run_cli
+from tests.conftest import SLOW_GPTRT, assert_refused, change_manifest, run_cli
 from tests.fakes import character_tokenizer, noise
 
 LABELS = ("king", "wood", "very old soup")
@@ -93,9 +92,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded bundle, as if it were fine-tuned."""
     path = tmp_path_factory.mktemp("bundle") / "reviews"
     shutil.copytree(embedded_bundle(), path)
-    manifest = json.loads((path / MANIFEST_FILE).read_text())
-    manifest["task"] = asdict(REVIEWS)
-    (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    change_manifest(path, lambda manifest: manifest.update(task=asdict(REVIEWS)))
     return path
 
 
@@ -537,21 +534,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path: Path) -> 
     assert names(tmp_path) == {"in.jsonl", "out.jsonl"}
 
 
-# The command at the pace of a model that is large.
-_SLOW = """
-import time
-from gptrt.cli import main
-from gptrt.decoder import Decoder
-run = Decoder.run
-Decoder.run = lambda *args, **kwargs: time.sleep(0.02) or run(*args, **kwargs)
-main()
-"""
-
-
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, reviews: Path) -> None:
     source, output = written(tmp_path / "in.csv", ROWS * 12), tmp_path / "out.csv"
     words = ["run", str(reviews), "--input", str(source), "--output", str(output), "--threads", "1"]
-    command = [sys.executable, "-W", "error", "-c", _SLOW, *words]
+    command = [sys.executable, "-W", "error", "-c", SLOW_GPTRT, *words]
     state = tmp_path / "out.csv.partial.json"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         while not state.exists() or b'"rows": 0,' in state.read_bytes():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from gptrt.opening import embedded_bundle
 from gptrt.sentences import sentences
 from gptrt.task import Task, label_ids
 from gptrt.testing import EOS, FakeDecoder, FakeGenerator, byte_tokenizer
+from tests.conftest import change_manifest
 from tests.fakes import favouring, noise
 
 REVIEWS = Task("classification", "Review: {text}\nVerdict:", ("good", "bad", "so-so"))
@@ -287,13 +287,8 @@ def test_a_bundle_of_another_task_is_refused() -> None:
 
 def test_the_task_of_a_bundle_is_opened_with_it(tmp_path: Path) -> None:
     path = Path(shutil.copytree(embedded_bundle(), tmp_path / "reviews"))
-    manifest = json.loads((path / "gptrt.json").read_text())
-    manifest["task"] = {
-        "kind": "classification",
-        "prompt": "{text}\nThe",
-        "labels": ["king", "wood"],
-    }
-    (path / "gptrt.json").write_text(json.dumps(manifest))
+    task = {"kind": "classification", "prompt": "{text}\nThe", "labels": ["king", "wood"]}
+    change_manifest(path, lambda manifest: manifest.update(task=task))
     with Generator(path, threads=1) as generator:
         assert generator.task == Task("classification", "{text}\nThe", ("king", "wood"))
         assert {label for label, _ in generator.classify("The queen said:")} == {"king", "wood"}
