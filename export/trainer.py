@@ -1,6 +1,6 @@
 """What learns: model, optimizer, data and state of a run, a step at a time.
 
-What a step computes depends on (seed, step) and the checkpoint alone.
+What a step computes depends on (seed, step) and the checkpoint alone, its rate also on `max_time`.
 """
 
 from __future__ import annotations

@@ -32,13 +32,15 @@ _METHODS: dict[Kind, str] = {
 
 def required(task: Task | None, kind: Kind | None = None) -> Task:
     """The task of a bundle, which must have one, of this kind. Raises OptionError."""
-    if task is not None and task.kind != "lm" and kind in (None, task.kind):
+    asks = task is not None and (task.kind != "lm" or task.prompt)
+    if task is not None and asks and kind in (None, task.kind):
         return task
     found = "lm" if task is None else task.kind
+    method = "answer" if asks and found == "lm" else _METHODS[found]
     raise OptionError(
         f"a bundle fine-tuned for {kind or 'a task'}",
         found="one that only continues text" if found == "lm" else found,
-        do=f"use {_METHODS[found]}, or open one that was fine-tuned for it",
+        do=f"use {method}, or open one that was fine-tuned for it",
     )
 
 

@@ -64,23 +64,24 @@ def for_stream(
     return [found]
 
 
-def refuse_many(config: GenerationConfig) -> None:
-    """Raises OptionError for a config that gives more than one result, or seeks among several."""
-    _refuse_several(config)
+def refuse_many(config: GenerationConfig, *, whose: str = "") -> None:
+    """Raises OptionError for a config that gives more than one result, or seeks among several;
+    `whose` methods do neither, where they are not those of the generator."""
+    _refuse_several(config, whose)
     if config.num_beams > 1:
         raise OptionError(
             "options that a stream can honour",
             found="num_beams: what a search finds is known at its end",
-            do="use complete",
+            do=f"use {whose}complete",
         )
 
 
-def _refuse_several(config: GenerationConfig) -> None:
+def _refuse_several(config: GenerationConfig, whose: str = "") -> None:
     if config.num_return_sequences > 1:
         raise OptionError(
             "one sequence",
             found=f"num_return_sequences={config.num_return_sequences}",
-            do="use complete_batch or generate_batch",
+            do=f"use {whose}complete_batch",
         )
 
 

@@ -178,12 +178,11 @@ def bench(bundle: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=PATH)
-@click.argument("file", type=PATH)
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="[BUNDLE] FILE")
 @click.option("--stride", type=int, help="New ids a window; smaller is slower and fairer.")
 @_engine
 @_json
-def perplexity(bundle: Path, file: Path, stride: int | None, as_json: bool, **options: Any) -> None:
+def perplexity(paths: tuple[Path, ...], stride: int | None, as_json: bool, **options: Any) -> None:
     """How well BUNDLE predicts the text in FILE.
 
     Example: gptrt perplexity bundles/tales test.txt --stride 256
@@ -192,7 +191,10 @@ def perplexity(bundle: Path, file: Path, stride: int | None, as_json: bool, **op
 
     from gptrt.generator import Generator
 
-    with Generator(bundle, **_given(**options)) as generator:
+    if len(paths) > 2:
+        raise click.UsageError(f"Wanted [BUNDLE] FILE, got {len(paths)} paths.")
+    *bundle, file = paths
+    with Generator(*bundle, **_given(**options)) as generator:
         report(asdict(generator.perplexity(_read_text(file), stride=stride)), as_json)
 
 

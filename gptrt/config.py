@@ -44,7 +44,7 @@ def _tuple(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Greedy unless an option asks for chance. Options that are None were not given.
+    """Greedy unless an option asks for chance. Keywords of a call that are None were not given.
 
     A temperature above 0, `top_k`, `top_p`, `min_p` or `typical_p` without `do_sample` means
     sampling; temperature 0 means greedy. Sampling has no hidden filters: what is not given is off.

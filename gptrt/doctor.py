@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptrt.engine import Device, import_onnxruntime
-from gptrt.errors import BundleError, DependencyError, DeviceError, FidelityError
+from gptrt.errors import BundleError, DependencyError, DeviceError, FidelityError, GptrtError
 from gptrt.format import Golden, open_bundle, read_manifest
 from gptrt.generator import Generator
 from gptrt.machine import cpu_quota, free_memory, memory_limit, physical_memory, usable_cores
@@ -81,7 +81,7 @@ _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a diagnosis; "missing" means that gptrt cannot run."""
+    """One line of a diagnosis; "missing" means that gptrt, or the bundle, cannot run."""
 
     level: Literal["ok", "note", "missing"]
     what: str
@@ -103,9 +103,13 @@ def diagnose(path: StrPath | None = None) -> list[Finding]:
 
 
 def _placement(path: StrPath) -> list[Finding]:
-    """The device that a bundle runs on, what of it does not, and why it is not CUDA."""
-    bundle, findings = open_bundle(path), []
-    engine = open_decoder(bundle).engine
+    """The device that a bundle runs on, what of it does not, and why it is not CUDA; or why it does
+    not run."""
+    try:
+        bundle, findings = open_bundle(path), []
+        engine = open_decoder(bundle).engine
+    except GptrtError as e:
+        return [Finding("missing", "bundle", str(e))]
     if engine.device == "cpu" and "CUDAExecutionProvider" in _providers():
         try:
             open_decoder(bundle, device="cuda")

@@ -30,14 +30,14 @@ from gptrt.format import (
 from gptrt.schema import read_json
 from gptrt.tokenizer import Tokenizer
 
-# The first that is there is taken: whole decoders before those in fewer bits.
+# The first that is there is taken: whole decoders, then those for a CPU, blocks before whole rows.
 GRAPHS = tuple(
     f"{folder}{name}.onnx"
-    for folder in ("", "onnx/")
     for name in (
         *("model", "decoder_model_merged", "model_q4", "decoder_model_merged_q4"),
         *("model_quantized", "decoder_model_merged_quantized", "model_int8", "model_fp16"),
     )
+    for folder in ("", "onnx/")
 )
 _OF_WEIGHTS = {".data", ".onnx_data", ".bin"}
 _GENAI_KEYS = {"head_size": "head_dim", "num_key_value_heads": "num_key_value_heads"}
@@ -53,6 +53,13 @@ class ForeignFolder:
     eos_token_ids: tuple[int, ...]
     config: Mapping[str, Any]
 
+    def weights(self) -> list[Path]:
+        """The graph, and the files beside it that may hold its weights: those that bear its name,
+        or where none does, all."""
+        beside = [p for p in self.graph.parent.iterdir() if p.suffix in _OF_WEIGHTS]
+        own = [p for p in beside if p.name.startswith(self.graph.name)]
+        return [self.graph, *sorted(own or beside)]
+
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer, or one that refuses text where it has none."""
         path = self.path / TOKENIZER_FILE
@@ -64,7 +71,7 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
     """Whether there is a graph at `path` that no manifest of ours speaks for."""
     path = Path(path)
     if path.is_file():
-        return path.suffix == ".onnx"
+        return path.suffix == ".onnx" and not (path.parent / MANIFEST_FILE).is_file()
     if not path.is_dir() or (path / MANIFEST_FILE).is_file():
         return False
     return (path / GENAI_CONFIG_FILE).is_file() or any((path / name).is_file() for name in GRAPHS)
@@ -103,9 +110,8 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignFolder:
 def digest_of(folder: ForeignFolder) -> str:
     """One sha256 for the graph, the files beside it that may hold its weights, and the settings:
     where any of them changes, it is another model."""
-    beside = (p for p in folder.graph.parent.iterdir() if p.suffix in _OF_WEIGHTS)
     names = (CONFIG_FILE, GENERATION_CONFIG_FILE, GENAI_CONFIG_FILE, TOKENIZER_FILE)
-    files = sorted({folder.graph, *beside, *(folder.path / name for name in names)})
+    files = sorted({*folder.weights(), *(folder.path / name for name in names)})
     whole = hashlib.sha256()
     for path in filter(Path.is_file, files):
         whole.update(f"{path.name} {describe_file(path).sha256}\n".encode())

@@ -31,7 +31,7 @@ from gptrt.decoder import Hidden, Logits
 from gptrt.decoding import Continuation
 from gptrt.engine import Device
 from gptrt.errors import GptrtError, OptionError, PromptError
-from gptrt.interrupt import Cancellation
+from gptrt.interrupt import Cancellation, Interrupt
 from gptrt.memory import MemoryEstimate, estimate
 from gptrt.opening import StrPath, bundle_path, check_same_words, left_for_caches, open_parts
 from gptrt.reading import Runner, Slab
@@ -255,9 +255,16 @@ class Generator:
             return []
         if all(config.num_beams == 1 for config in configs):
             return self._written(prompts, configs, options, batch_size)
-        pairs = zip(prompts, configs, strict=True)
-        found = (self._written([prompt], [one], options, batch_size) for prompt, one in pairs)
-        return [result for results in found for result in results]
+        # One prompt after the other, and `cancel` ends them all.
+        check_controls(options.get("cancellation"), options.get("progress"))
+        whole = Interrupt(linked=options.get("cancellation"))
+        controls = options | {"cancellation": whole}
+        with self.calls.under_way(whole):
+            return [
+                result
+                for prompt, one in zip(prompts, configs, strict=True)
+                for result in self._written([prompt], [one], controls, batch_size)
+            ]
 
     def _written(
         self,
@@ -549,13 +556,24 @@ def _linked(options: dict[str, Any]) -> Iterator[Cancellation]:
 
 
 async def _in_thread(function: Callable[[], T], stop: Cancellation) -> T:
-    """What a function gives, called beside the event loop; a cancelled task stops it and waits."""
+    """What a function gives, called beside the event loop. A cancelled task stops it and waits for
+    it, but not for a thread to become free, where it has not begun."""
     import asyncio  # an import that most applications need not wait for
 
-    task = asyncio.ensure_future(asyncio.to_thread(function))
+    begun = False
+
+    def call() -> T:
+        nonlocal begun
+        begun = True
+        return function()
+
+    task = asyncio.ensure_future(asyncio.to_thread(call))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         stop.cancel()
-        await asyncio.wait([task])
+        if begun:
+            await asyncio.wait([task])
+        else:
+            task.cancel()
         raise

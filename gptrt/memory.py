@@ -13,7 +13,7 @@ from gptrt.format import Manifest, read_manifest
 from gptrt.reading import LONGEST_PASS
 
 # Measured with benchmarks/memory.py on Linux, CPython 3.11, onnxruntime 1.32, GPT-2 124M and 355M.
-_RUNTIME = 85_000_000  # the interpreter, numpy, onnxruntime and its session
+RUNTIME = 85_000_000  # the interpreter, numpy, onnxruntime and its session
 _TOKENIZER = 240  # an entry
 _KEPT = 1.12  # of the weights: packed for the kernels, the embedding's rows beside them
 _ARENA = 2  # onnxruntime keeps about twice what a pass needs at once
@@ -52,7 +52,7 @@ def estimate(
             do="correct them",
         )
     return MemoryEstimate(
-        runtime=_RUNTIME + _TOKENIZER * manifest.model.vocab_size,
+        runtime=RUNTIME + _TOKENIZER * manifest.model.vocab_size,
         weights=int(_KEPT * manifest.weights_bytes),
         cache=cache_bytes(manifest.cache, length, batch),
         passes=_ARENA * _pass_bytes(manifest, length, batch),

@@ -15,7 +15,7 @@ from gptrt.decoder import Decoder
 from gptrt.engine import Device, import_onnxruntime
 from gptrt.errors import BundleError, MemoryLimitError, OptionError
 from gptrt.format import MANIFEST_FILE, Bundle, check_weights, open_structure
-from gptrt.memory import estimate
+from gptrt.memory import RUNTIME, estimate
 from gptrt.task import Task
 from gptrt.tokenizer import Tokenizer
 
@@ -83,17 +83,25 @@ def left_for_caches(limit: int, path: StrPath | None, draft: StrPath | None) -> 
 
 
 def _without_caches(path: StrPath | None) -> int:
-    """What a bundle takes before it continues anything; of a foreign decoder the file alone."""
+    """What a bundle takes before it continues anything; of a foreign decoder its files, packed by
+    nobody knows whom, and the libraries."""
     if (folder := foreign_folder(path)) is not None:
-        return folder.graph.stat().st_size
+        return RUNTIME + _bytes_of(folder)
     needs = estimate(bundle_path(path))
     return needs.total - needs.cache
 
 
 def _as_draft(path: StrPath) -> int:
-    """What a draft takes beside the bundle that it guesses for, its cache included."""
+    """What a draft takes beside the bundle that it guesses for, its cache included: of a foreign
+    one its files."""
+    if (folder := foreign_folder(path)) is not None:
+        return _bytes_of(folder)
     needs = estimate(path)
     return needs.total - needs.runtime
+
+
+def _bytes_of(folder: ForeignFolder) -> int:
+    return sum(file.stat().st_size for file in folder.weights())
 
 
 class _Beside(threading.Thread, Generic[T]):

@@ -109,7 +109,7 @@ def run(
 
 def plan_for(job: Job, task: Task | None) -> Plan:
     """Read all of the input once. Raises OptionError, DataError, TargetError."""
-    if task is not None and task.kind == "lm":
+    if task is not None and task.kind == "lm" and not task.prompt:
         task = None
     _check_options(job, task)
     fields = _fields(job, task)

@@ -111,7 +111,7 @@ class Session:
         """The same in pieces. What was generated when the stream is left is part of the text; the
         session is taken from its first piece on. A `config` brings its own `context_overflow`."""
         asked = config_of(config, self._policy | options if config is None else options)
-        refuse_many(asked)
+        refuse_many(asked, whose="the generator's ")
         results: list[Callable[[], Generation]] = []
 
         def pieces() -> Iterator[str]:

@@ -299,6 +299,14 @@ def test_doctor_finds_all_that_gptrt_needs() -> None:
     assert "onnxruntime" in printed("doctor")
 
 
+def test_doctor_says_what_it_finds_also_of_a_bundle_that_does_not_run(copied: Path) -> None:
+    (copied / "model.onnx").write_bytes(b"damaged")
+    result = run_cli(gptrt, "doctor", copied, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and found["python"]["level"] == "ok"
+    assert found["bundle"]["level"] == "missing" and "model.onnx" in found["bundle"]["found"]
+
+
 # --- wrong input --------------------------------------------------------------------------------
 
 
@@ -332,7 +340,8 @@ def test_an_option_out_of_range_is_refused_with_its_range(
         (["generate", "{}", "x", "--num-beam-groups", "2"], ("--num-beam-groups", "--help")),
         (["generate", "{}", "x", "--top-k", "many"], ("--top-k", "'many'", "--help")),
         (["generate", "{}", "x", "--device", "tpu"], ("'tpu'", "'cuda'", "--help")),
-        (["perplexity", "{}"], ("FILE", "--help")),
+        (["perplexity"], ("FILE", "--help")),
+        (["perplexity", "{}", "a.txt", "b.txt"], ("[BUNDLE] FILE", "3 paths")),
         (["bench", "{}", "--threads", "1.5"], ("--threads", "'1.5'", "--help")),
     ],
 )

@@ -215,6 +215,43 @@ def test_a_cancelled_task_ends_its_call() -> None:
     assert not generator.calls.listed
 
 
+def test_a_task_that_waits_for_a_thread_is_cancelled_at_once() -> None:
+    model = Slow()
+    generator = slow_generator(model)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        stop = Cancellation()
+        busy = asyncio.ensure_future(
+            generator.complete_async("x", max_new_tokens=4000, cancellation=stop)
+        )
+        while not model.begun.is_set():
+            await asyncio.sleep(0.001)
+        waiting = asyncio.ensure_future(generator.complete_async("y", max_new_tokens=4000))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not busy.done()
+        stop.cancel()
+        assert (await busy).finish_reason == "cancelled"
+
+    asyncio.run(asyncio.wait_for(main(), HUNG))
+
+
+def test_cancel_ends_all_searches_of_a_batch() -> None:
+    model = Slow()
+    generator = slow_generator(model)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(
+            generator.complete_batch, ["x", "y", "z"], num_beams=2, max_new_tokens=2000
+        )
+        assert model.begun.wait(HUNG)
+        generator.cancel()
+        found = future.result(HUNG)
+    assert [result.finish_reason for result in found] == ["cancelled"] * 3
+
+
 def test_a_cancellation_of_the_callers_ends_what_a_task_waits_for() -> None:
     async def main() -> list[str]:
         stop = Cancellation()

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from gptrt.constraint import Regex
 from gptrt.decoder import Decoder
-from gptrt.errors import BundleError, PromptError
+from gptrt.errors import BundleError, MemoryLimitError, PromptError
 from gptrt.foreign import digest_of, open_foreign
 from gptrt.foreign_decoder import ForeignDecoder
 from gptrt.format import open_bundle
@@ -156,6 +156,22 @@ def test_that_nothing_is_checked_is_said(exact: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="is not checked") as warned:
         Generator(folder / "model.onnx", device="cpu").close()
     assert [Path(w.filename).name for w in warned] == [Path(__file__).name]
+
+
+def test_a_graph_of_ours_is_no_foreign_one(exact: Path) -> None:
+    with pytest.raises(BundleError, match="give the folder"):
+        Generator(exact / "model.onnx", device="cpu")
+
+
+@pytest.mark.filterwarnings(UNCHECKED)
+def test_a_limit_counts_the_weights_beside_a_graph(exact: Path, tmp_path: Path) -> None:
+    folder = without_manifest(exact, tmp_path / "theirs")
+    limit = 1 << 28
+    assert Generator(folder, device="cpu", memory_limit=limit).generate("The", max_new_tokens=1)
+    with (folder / "model.onnx.data").open("wb") as stream:
+        stream.truncate(limit)
+    with pytest.raises(MemoryLimitError):
+        Generator(folder, device="cpu", memory_limit=limit)
 
 
 def test_one_digest_stands_for_all_that_makes_the_model(exact: Path, tmp_path: Path) -> None:

@@ -161,6 +161,13 @@ def test_answers_of_a_task_are_those_of_the_generator(tmp_path: Path) -> None:
         assert found == row | {"answer": one.text, "finish_reason": one.finish_reason}
 
 
+def test_a_prompt_that_a_language_model_was_taught_is_asked(tmp_path: Path) -> None:
+    generator, job = fake(Task("lm", "Q: {document}\nA:", max_new_tokens=5)), summaries(tmp_path)
+    assert done(job, generator).rows == 11
+    wanted = [generator.answer(row["text"]).text for row in ROWS]
+    assert [row["answer"] for row in lines_of(job.output)] == wanted
+
+
 @pytest.mark.parametrize("options", [{"logit_bias": {999: 1.0}}, {"constraint": Regex("(yes|no")}])
 def test_options_that_no_row_can_be_asked_with_are_told_before_the_output_is_begun(
     tmp_path: Path, options: dict[str, Any]

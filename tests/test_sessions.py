@@ -228,6 +228,17 @@ def test_a_session_slides_on_after_loading(generator: Generator, tmp_path: Path)
     assert again.complete(max_new_tokens=1).ids == session.complete(max_new_tokens=1).ids
 
 
+def test_what_a_session_cannot_do_is_refused_with_who_can(generator: Generator) -> None:
+    session = Session(generator)
+    session.append("The king")
+    for options, words in (
+        ({"num_beams": 2}, "use the generator's complete$"),
+        ({"num_return_sequences": 2}, "use the generator's complete_batch$"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            session.complete(**options)
+
+
 def test_a_session_of_another_model_is_refused(exact: Path, saved: Path) -> None:
     with pytest.raises(SessionError, match="open it with the bundle that it was saved with"):
         Session.load(Generator(exact, device="cpu", threads=1), saved)

@@ -274,7 +274,8 @@ def test_a_bundle_of_another_task_is_refused() -> None:
         (SUMMARIES, lambda g: g.classify("x"), "for classification; found summarization"),
         (None, lambda g: g.classify("x"), "for classification; found one that only continues"),
         (None, lambda g: g.answer("x"), "for a task; found one that only continues text"),
-        (Task("lm", "{text}"), lambda g: g.answer("x"), "found one that only continues text"),
+        (Task("lm", ""), lambda g: g.answer("x"), "found one that only continues text"),
+        (Task("lm", "{text}"), lambda g: g.translate("x"), "use answer"),
         (REVIEWS, lambda g: g.classify("x", prompt="{text}:"), "labels for this prompt"),
     ]
     for task, call, message in wrong:
