@@ -1,8 +1,8 @@
 """Training: from a run's last checkpoint to its end. To start and to resume are the same thing.
 
-What a step computes depends on (seed, step) and the checkpoint alone, and with `max_time` on how much
-of that has gone by; so an interrupted run without it that goes on gives the same losses as one that
-was never interrupted, bit for bit on a CPU.
+What a step computes depends on (seed, step) and the checkpoint alone, and with `max_time` on how
+much of that has gone by; so an interrupted run without it that goes on gives the same losses as one
+that was never interrupted, bit for bit on a CPU.
 """
 
 from __future__ import annotations
