@@ -53,12 +53,15 @@ class ForeignFolder:
     eos_token_ids: tuple[int, ...]
     config: Mapping[str, Any]
 
-    def weights(self) -> list[Path]:
-        """The graph, and the files beside it that may hold its weights: those that bear its name,
-        or where none does, all."""
-        beside = [p for p in self.graph.parent.iterdir() if p.suffix in _OF_WEIGHTS]
-        own = [p for p in beside if p.name.startswith(self.graph.name)]
-        return [self.graph, *sorted(own or beside)]
+    def beside(self) -> list[Path]:
+        """The files beside the graph that may hold its weights."""
+        return [path for path in self.graph.parent.iterdir() if path.suffix in _OF_WEIGHTS]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the graph and of the files beside it that bear its name; where none does, of all."""
+        own = [path for path in self.beside() if path.name.startswith(self.graph.name)]
+        return sum(path.stat().st_size for path in (self.graph, *(own or self.beside())))
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer, or one that refuses text where it has none."""
@@ -111,7 +114,7 @@ def digest_of(folder: ForeignFolder) -> str:
     """One sha256 for the graph, the files beside it that may hold its weights, and the settings:
     where any of them changes, it is another model."""
     names = (CONFIG_FILE, GENERATION_CONFIG_FILE, GENAI_CONFIG_FILE, TOKENIZER_FILE)
-    files = sorted({*folder.weights(), *(folder.path / name for name in names)})
+    files = sorted({folder.graph, *folder.beside(), *(folder.path / n for n in names)})
     whole = hashlib.sha256()
     for path in filter(Path.is_file, files):
         whole.update(f"{path.name} {describe_file(path).sha256}\n".encode())

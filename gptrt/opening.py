@@ -83,10 +83,10 @@ def left_for_caches(limit: int, path: StrPath | None, draft: StrPath | None) -> 
 
 
 def _without_caches(path: StrPath | None) -> int:
-    """What a bundle takes before it continues anything; of a foreign decoder its files, packed by
-    nobody knows whom, and the libraries."""
+    """What a bundle takes before it continues anything; of a foreign decoder its files, as nothing
+    tells how they are packed, and the libraries."""
     if (folder := foreign_folder(path)) is not None:
-        return RUNTIME + _bytes_of(folder)
+        return RUNTIME + folder.weights_bytes
     needs = estimate(bundle_path(path))
     return needs.total - needs.cache
 
@@ -95,13 +95,9 @@ def _as_draft(path: StrPath) -> int:
     """What a draft takes beside the bundle that it guesses for, its cache included: of a foreign
     one its files."""
     if (folder := foreign_folder(path)) is not None:
-        return _bytes_of(folder)
+        return folder.weights_bytes
     needs = estimate(path)
     return needs.total - needs.runtime
-
-
-def _bytes_of(folder: ForeignFolder) -> int:
-    return sum(file.stat().st_size for file in folder.weights())
 
 
 class _Beside(threading.Thread, Generic[T]):
