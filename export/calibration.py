@@ -110,7 +110,8 @@ class _Correction:
             self._progress(len(self.matrices) / len(self._formats), f"rounding {name}")
             rows = self.rounded.get_parameter(parameter)[rows_of(name)]
             own = rows.detach().numpy()
-            self._keep(name, corrected_where_known(own, self._formats[name], moments))
+            (matrix,) = corrected_where_known(own, [self._formats[name]], moments)
+            self._keep(name, matrix)
 
     def undo_drift(self, parameter: str, moments: Moments) -> None:
         weight = self.rounded.get_parameter(parameter)
@@ -146,7 +147,7 @@ def corrected_by_row(
     for some, hessian in costs.of(first, last):
         progress((some.start - first) / (last - first), f"row {some.start}")
         own, moments = weight[some].detach().numpy(), Moments(hessian)
-        parts.append([error_corrected(own, fmt, moments) for fmt in formats])
+        parts.append(error_corrected(own, formats, moments))
     return [BlockMatrix.stack(found) for found in zip(*parts, strict=True)]
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,11 @@ class Moments:
     output_costs: Tensor | None = None
 
 
-def error_corrected(weight: Float, fmt: BlockFormat, moments: Moments) -> BlockMatrix:
-    """Minimize |Q x - W x_reference|^2 over the calibration text, for one matrix [out, in].
+def error_corrected(
+    weight: Float, formats: Sequence[BlockFormat], moments: Moments
+) -> list[BlockMatrix]:
+    """One matrix [out, in] in each of `formats`: minimize |Q x - W x_reference|^2 over the
+    calibration text.
 
     First the drift of the inputs is undone, then GPTQ (https://arxiv.org/abs/2210.17323): columns
     are rounded from the heaviest to the lightest, each error made good in the columns to come.
@@ -114,19 +118,28 @@ def error_corrected(weight: Float, fmt: BlockFormat, moments: Moments) -> BlockM
     hessian, dead = _damped(moments.hessian if own else moments.hessian.double())
     target = torch.where(dead, 0.0, without_drift(torch.from_numpy(weight), moments))
     heaviest_first = _by_weight(hessian)
-    known = hessian.float(), heaviest_first, _feedback(hessian, heaviest_first)
+    solve = partial(
+        _solved,
+        hessian=hessian.float(),
+        order=heaviest_first,
+        feedback=_feedback(hessian, heaviest_first),
+    )
     if moments.output_costs is None:
-        return _solved(target.float(), fmt, *known)
+        return [solve(target.float(), fmt) for fmt in formats]
     costs, _ = _damped(moments.output_costs.double(), _OUTPUT_DAMPING)
     order, size = _spread(_by_weight(costs))
     feedback, target = _feedback(costs, order), target.float()[order]
-    errors, parts = torch.zeros_like(target), []
-    for first in range(0, len(order), size):
-        group = slice(first, first + size)
-        wanted = target[group] + feedback[:first, group].T @ errors[:first]
-        parts.append(_solved(wanted, fmt, *known))
-        errors[group] = target[group] - torch.from_numpy(parts[-1].dequantize())
-    return BlockMatrix.stack(parts).rows(order.argsort().numpy())
+
+    def in_groups(fmt: BlockFormat) -> BlockMatrix:
+        errors, parts = torch.zeros_like(target), []
+        for first in range(0, len(order), size):
+            group = slice(first, first + size)
+            wanted = target[group] + feedback[:first, group].T @ errors[:first]
+            parts.append(solve(wanted, fmt))
+            errors[group] = target[group] - torch.from_numpy(parts[-1].dequantize())
+        return BlockMatrix.stack(parts).rows(order.argsort().numpy())
+
+    return [in_groups(fmt) for fmt in formats]
 
 
 def _solved(
@@ -154,9 +167,13 @@ def without_drift(weight: Tensor, moments: Moments) -> Tensor:
     return target + undone
 
 
-def corrected_where_known(weight: Float, fmt: BlockFormat, moments: Moments | None) -> BlockMatrix:
+def corrected_where_known(
+    weight: Float, formats: Sequence[BlockFormat], moments: Moments | None
+) -> list[BlockMatrix]:
     """Error-corrected, or plain where nothing is known of the inputs: a table of rows has none."""
-    return nearest(weight, fmt) if moments is None else error_corrected(weight, fmt, moments)
+    if moments is None:
+        return [nearest(weight, fmt) for fmt in formats]
+    return error_corrected(weight, formats, moments)
 
 
 def _damped(hessian: Tensor, share: float = _DAMPING) -> tuple[Tensor, Tensor]:

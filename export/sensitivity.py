@@ -114,7 +114,7 @@ def _corrector(model: GPT, calibration: Ids, progress: Progress) -> _Corrector:
         if costs is not None and parameter == head:
             return corrected_by_row(weight, rows_of(name), formats, costs, progress)
         rows, known = weight[rows_of(name)].numpy(), moments.get(parameter)
-        return [corrected_where_known(rows, fmt, known) for fmt in formats]
+        return corrected_where_known(rows, formats, known)
 
     return corrected
 

@@ -103,7 +103,7 @@ def test_error_correction_loses_less_than_plain_rounding_on_inputs_like_those_it
         rounded = torch.from_numpy(matrix.dequantize())  # type: ignore[attr-defined]
         return float((unseen @ (rounded - torch.from_numpy(WEIGHT)).T).square().mean())
 
-    corrected = error_corrected(WEIGHT, fmt, Moments(seen.T @ seen))
+    (corrected,) = error_corrected(WEIGHT, [fmt], Moments(seen.T @ seen))
     assert loss(corrected) < 0.6 * loss(nearest(WEIGHT, fmt))
 
 
@@ -118,7 +118,7 @@ def test_errors_are_made_good_in_other_rows_where_it_is_known_what_they_cost() -
     hessian, costs = covariance(64), covariance(200)
 
     def loss(moments: Moments) -> float:
-        found = error_corrected(weight, BlockFormat(4, 32), moments).dequantize()
+        found = error_corrected(weight, [BlockFormat(4, 32)], moments)[0].dequantize()
         errors = torch.from_numpy(found - weight)
         return float(torch.trace(costs @ errors @ hessian @ errors.T))
 
@@ -134,7 +134,7 @@ def test_error_correction_bears_inputs_that_are_always_zero() -> None:
         Moments(hessian, output_costs=torch.zeros(24, 24)),
         Moments(hessian, hessian * 0.01),
     ):
-        found = error_corrected(WEIGHT, BlockFormat(4, 32), moments).dequantize()
+        found = error_corrected(WEIGHT, [BlockFormat(4, 32)], moments)[0].dequantize()
         assert np.isfinite(found).all()
 
 
@@ -158,8 +158,8 @@ def test_the_row_of_a_token_that_is_likely_nowhere_is_rounded_as_well() -> None:
     head = torch.from_numpy(WEIGHT).clone()
     head[3] -= 10.0  # hundreds of nats below the others
     ((rows, costs),) = RowCosts.measure(head, contexts).of(3, 4)
-    found = error_corrected(head[rows].numpy(), BlockFormat(4, 32), Moments(costs)).dequantize()
-    np.testing.assert_allclose(found[0], head[3].numpy(), atol=2.0)  # a step is 1.4
+    (found,) = error_corrected(head[rows].numpy(), [BlockFormat(4, 32)], Moments(costs))
+    np.testing.assert_allclose(found.dequantize()[0], head[3].numpy(), atol=2.0)  # a step is 1.4
 
 
 def options_by_hand() -> dict[str, tuple[Option, ...]]:
