@@ -28,8 +28,8 @@ _OUTPUT_DAMPING = 0.05  # the same of output costs, which gradients of less text
 _LAZY_COLUMNS = 64  # columns corrected at a time before the rest of the matrix is
 _SWEEPS = 2
 # Rows are rounded in so many groups, of so many at least, and know of those in other groups: one by
-# one they would take as many times as long. Twice as many are closer, and take 1.7 times as long:
-# seconds, of a matrix that is small.
+# one they would take as many times as long. Twice as many are closer, and take 1.4 to 1.8 times as
+# long: seconds, of a matrix that is small.
 _GROUPS, _LEAST_ROWS = 8, 64
 _FINE_GROUPS, _FINE_LEAST_ROWS = 16, 32
 _SMALL = 1 << 19  # weights
