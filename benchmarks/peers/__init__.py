@@ -78,6 +78,13 @@ PEERS = (
                 families=_ALL,
                 scores=True,
             ),
+            Kind(
+                "int4 throughout",
+                4,
+                {"quantize": "int4", "head-bits": 4},
+                families=_ALL,
+                scores=True,
+            ),
             Kind("int8", 8, {"quantize": "int8"}, families=_ALL, curves=True, scores=True),
             Kind("int2", 2, {"quantize": "int2"}),  # for models trained for it: speed alone
         ),
