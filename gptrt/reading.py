@@ -118,7 +118,9 @@ class Reading:
             part, kept = list(ids[begin:end]), max(begin, min(first, end - 1))
             logits = self.decoder.run([part], row.cache, keep=end - kept, interrupt=self.interrupt)
             row.ids += part
-            if row.exact == begin:  # behind what single steps wrote, nothing is exact
+            # Behind what single steps wrote, nothing is exact; nor is what a pass gives that parts
+            # a pair of rows.
+            if row.exact == begin and begin % 2 == 0:
                 row.exact = end & ~1
             if self.progress is not None:
                 self.progress(end, len(ids))

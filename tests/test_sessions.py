@@ -20,6 +20,7 @@ from gptrt.errors import (
 )
 from gptrt.generator import Generator
 from gptrt.interrupt import Cancellation
+from gptrt.reading import Reading, Slab
 from gptrt.session import Session
 from gptrt.testing import FakeDecoder, FakeGenerator, byte_tokenizer
 from tests.fakes import noise
@@ -111,6 +112,17 @@ def test_what_single_steps_wrote_is_never_saved_as_exact(
     wanted = Generator(bundle, device="cpu", threads=1).complete(loaded.ids, **asked)
     found = loaded.complete(**asked)
     assert (found.ids, found.logprobs) == (wanted.ids, wanted.logprobs)
+
+
+def test_an_id_that_was_read_alone_is_read_again_where_every_bit_counts() -> None:
+    decoder = FakeDecoder(noise)
+    row = Slab(decoder.new_cache(16)).rows[0]
+    ids = list(range(8))
+    fast, exact = Reading(decoder, exact=False), Reading(decoder)
+    fast.read(row, ids)
+    fast.read(row, ids)  # all are known, but the logits are wanted
+    exact.read(row, [*ids, 8, 9])
+    assert decoder.passes == [8, 1, 4]  # the last from position 6 on: passes begin at even ones
 
 
 def test_the_policy_for_a_full_context_is_the_sessions_own() -> None:
