@@ -33,9 +33,9 @@ BY_TEXT: dict[Method, Callable[[GPT, Formats, Ids, Progress], Matrices]] = {
     "learned": learn_rounding,
 }
 HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bits of the others
-# Vocabularies are learnt from the most frequent merge to the rarest, so the first tokens are most
-# of any text. Their rows at 8 bits undo two thirds of what a head of 4 bits costs, for an eighth of
-# what a head of 8 bits would.
+# Vocabularies are in the order of frequency, as `tokenization` makes them, or nearly so, as merges
+# are learnt: the first tokens are most of any text. Their rows at 8 bits undo two thirds of what a
+# head of 4 bits costs, for an eighth of what a head of 8 bits would.
 _FREQUENT_SHARE, _FREQUENT_BITS = 8, 8
 _LEAST_TO_SPLIT = 1024  # rows: below, all are as good as frequent, whatever their order
 _ROWS_TOGETHER = 32  # of a part that is as large as a budget allows: kernels take them in groups

@@ -417,6 +417,20 @@ def test_gpt2_style_merges_and_vocabulary_make_a_tokenizer(tmp_path: Path) -> No
     assert rebuilt.decode(rebuilt.encode(text).ids) == text
 
 
+def test_a_trained_vocabulary_is_in_the_order_of_how_often_the_texts_have_its_tokens() -> None:
+    """Of a text as a whole, which is too long to be looked at whole."""
+    texts = [story(4)] * 100 + [story(2) + " zebra" * 40] * 100
+    tokenizer = train_tokenizer(TokenizerConfig("bpe", 320), texts)
+    ids = tokenizer.encode("".join(texts)).ids
+    counts = np.bincount(ids, minlength=320)
+    assert tokenizer.id_to_token(0) == "<|endoftext|>"
+    assert counts.argmax() == 1 == tokenizer.token_to_id("Ġzebra")
+    seen = np.flatnonzero(counts)
+    assert seen.tolist() == list(range(1, len(seen) + 1))
+    assert np.all(counts[seen[1:]] <= 2 * counts[seen[:-1]])  # a sample decides between equals
+    assert tokenizer.decode(tokenizer.encode("naïve — 漢字!\n").ids) == "naïve — 漢字!\n"
+
+
 # --- wrong input --------------------------------------------------------------------------------
 
 
