@@ -94,7 +94,7 @@ def run(shapes: str, sizes: str, measures: str, rounds: int, **common: Any) -> N
 @click.argument("checkpoint", type=_path)
 @click.option("--text", type=_path, multiple=True, required=True, help="A file; may be repeated.")
 @click.option(
-    "--calibration-text", type=_path, required=True, help="Other text, for gptrt to round by."
+    "--calibration-text", type=_path, required=True, help="Other text, for those that round by it."
 )
 @click.option("--window", default=256, show_default=True, help="Tokens predicted in one window.")
 @click.option("--windows", default=160, show_default=True, help="How many of them.")
@@ -112,8 +112,12 @@ def perplexity(
     rows = texts.write_windows(source, text, window, windows, job.workshop.work)
     kinds = [(peer, kind) for peer, kind in job.kinds if kind.scores and not kind.borrows]
     bench = Run(job.workshop, rounds=1)
-    ours = {"calibration-text": str(calibration_text.resolve()), "window": window}
-    bench.perplexity(list(job.workshop.candidates(source, kinds, ours)), source, rows)
+    importance = texts.write_importance(source, calibration_text, window, job.workshop.work)
+    calibration: dict[str, dict[str, Any]] = {
+        OURS.adapter: {"calibration-text": str(calibration_text.resolve()), "window": window},
+        "llamacpp": {"importance": str(importance)},
+    }
+    bench.perplexity(list(job.workshop.candidates(source, kinds, calibration)), source, rows)
     job.seen[source.name] = source.parameters
     job.finish(bench)
 

@@ -112,15 +112,15 @@ class Workshop:
         self,
         checkpoint: Checkpoint,
         peers: list[tuple[Peer, Kind]],
-        ours: Mapping[str, Any] = MappingProxyType({}),
+        texts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> Iterator[Candidate]:
         """Those that could be made, each ready to be started; the others are named with reason.
-        `ours` are more options of gptrt's `convert`: calibration text, if weights are trained."""
+        `texts` are more settings to build with, by adapter: what calibrates trained weights."""
         for peer, kind in peers:
             if checkpoint.family not in kind.families:
                 continue
             try:
-                path = self._built(checkpoint, peer, kind, ours)
+                path = self._built(checkpoint, peer, kind, texts)
             except WorkerError as e:
                 self.say(f"{peer.name} {kind.name} is left out for {checkpoint.name}: {e}")
                 continue
@@ -134,18 +134,18 @@ class Workshop:
             yield Candidate(peer, kind, path, settings)
 
     def _built(
-        self, checkpoint: Checkpoint, peer: Peer, kind: Kind, ours: Mapping[str, Any]
+        self, checkpoint: Checkpoint, peer: Peer, kind: Kind, texts: Mapping[str, Mapping[str, Any]]
     ) -> Path:
         """The folder of a kind's files; made unless it is there. Raises WorkerError."""
         if kind.borrows:
             (lent,) = (k for k in OURS.kinds if k.name == kind.borrows)
-            return self._built(checkpoint, OURS, lent, ours)
+            return self._built(checkpoint, OURS, lent, texts)
         folder = self.work.resolve() / checkpoint.name
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{peer.adapter}-{kind.name.replace(' ', '-')}"
         if not out.exists():
             self.say(f"making {peer.name} {kind.name} of {checkpoint.name}")
-            given = kind.build | (dict(ours) if peer is OURS else {})
+            given = kind.build | dict(texts.get(peer.adapter, {}))
             task = {
                 "checkpoint": str(checkpoint.path.resolve()),
                 "out": str(out),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from gptrt.cuda import Cuda
 from gptrt.errors import BundleError, DependencyError, DeviceError, OptionError, first_line
+from gptrt.huge_pages import gather_in_background
 from gptrt.interrupt import Interrupt
 from gptrt.machine import usable_cores
 
@@ -30,6 +31,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_HELP = "pip install 'gptrt[cuda]' and its CUDA libraries, or use device='cpu'"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _CACHE_LINE = 64  # bytes
+_SETTLED = 64  # runs, after which weights are worth being moved: that takes as long as some of them
 _COPIED = 1 << 29  # bytes, to measure by: far more than the caches of a card
 # Operators that are the model itself. All others may well run on the CPU: they compute shapes.
 _COMPUTE = {
@@ -126,6 +128,7 @@ class Engine:
     ) -> None:
         self.threads = _checked_threads(threads)
         self.seconds = 0.0
+        self._runs = 0
         self._ort = import_onnxruntime()
         self.device, self._session = self._open(graph, device, cache_dtype, cuda_graphs)
         self.cuda = Cuda() if self.device == "cuda" else None
@@ -175,6 +178,9 @@ class Engine:
             ) from e
         finally:
             self.seconds += time.perf_counter() - began
+        self._runs += 1
+        if self._runs == _SETTLED and self.device == "cpu":
+            gather_in_background()
 
     def new_capture(self) -> Capture:
         """What a run is to be captured as."""

@@ -122,3 +122,21 @@ def test_perplexity_predicts_as_many_tokens_as_were_asked_for(
     samples = json.loads((tmp_path / "results.json").read_text())["samples"]
     assert {s["x"] for s in samples} == {4 * 32}
     assert all(1 < s["value"] < 300 for s in samples)
+
+
+def test_the_importance_of_an_input_is_its_mean_square(
+    tmp_path: Path, run: Run, text_file: Path
+) -> None:
+    import numpy as np
+
+    from benchmarks.models import read_checkpoint
+    from benchmarks.texts import write_importance
+
+    checkpoint = read_checkpoint("tiny", resolve_checkpoint(run.path))
+    with np.load(write_importance(checkpoint, text_file, 32, tmp_path)) as found:
+        width, inner = run.config.model.n_embd, run.config.model.n_inner
+        normed = found["blk.1.attn_qkv.weight"]  # by a norm that has hardly been trained
+        assert normed.shape == found["blk.1.attn_output.weight"].shape == (width,)
+        assert found["blk.1.ffn_down.weight"].shape == (inner,)
+        assert 0.9 < normed.mean() < 1.1
+        assert all((found[name] > 0).all() for name in found.files)

@@ -2,8 +2,8 @@
 
 One line of `PEERS` is one runtime. Its adapter is the file here of the same name, which runs in a
 process and, where there is one, in an environment of its own, and imports that runtime alone.
-Every kind is the best that the runtime's own documents advise, at 4 bits or more; but llama.cpp's
-are made without an importance matrix, which is text that calibrates.
+Every kind is the best that the runtime's own documents advise, at 4 bits or more. What text to
+calibrate with can make of it counts in perplexity alone: ours, and llama.cpp's importance matrix.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ PEERS = (
         (
             Kind("Q4_0", 4, {"type": "Q4_0"}, **_LLAMA, curves=True),
             Kind("Q4_K_M", 4, {"type": "Q4_K_M"}, **_LLAMA),
+            Kind("Q4_0 imatrix", 4, {"type": "Q4_0", "imatrix": True}, **_LLAMA, speed=False),
+            Kind("Q4_K_M imatrix", 4, {"type": "Q4_K_M", "imatrix": True}, **_LLAMA, speed=False),
             Kind("Q8_0", 8, {"type": "Q8_0"}, **_LLAMA, curves=True),
             Kind("F32", 32, {"type": "F32"}, **_LLAMA, speed=False),
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ _LONGEST = 2048  # ids in one call
 
 
 def build(checkpoint: Path, out: Path, settings: dict[str, Any]) -> None:
-    """A GGUF file, quantized by llama.cpp's own tool."""
+    """A GGUF file, quantized by llama.cpp's own tool; with the importance matrix if the kind asks
+    for it."""
     import llama_cpp as ll
 
     from .gguf_file import write_fp32
@@ -23,9 +25,25 @@ def build(checkpoint: Path, out: Path, settings: dict[str, Any]) -> None:
     kind = settings["type"]
     name = "LLAMA_FTYPE_ALL_F32" if kind == "F32" else f"LLAMA_FTYPE_MOSTLY_{kind}"
     parameters.ftype = getattr(ll, name)
+    if settings.get("imatrix"):
+        parameters.imatrix = _importance(Path(settings["importance"]))
     if ll.llama_model_quantize(str(full).encode(), str(target).encode(), parameters):
         raise SystemExit(f"llama.cpp could not quantize to {kind}")
     full.unlink()
+
+
+def _importance(path: Path) -> Any:
+    """The arrays of a file, as llama.cpp takes them: the last entry has no name."""
+    import llama_cpp as ll
+    import numpy as np
+
+    with np.load(path) as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    entries = (ll.llama_model_imatrix_data * (len(found) + 1))()
+    for entry, (name, array) in zip(entries, found.items(), strict=False):
+        values = (ctypes.c_float * len(array))(*array.tolist())
+        entry.name, entry.data, entry.size = name.encode(), values, len(array)
+    return entries
 
 
 class LlamaCpp:
