@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
@@ -23,6 +24,7 @@ _COLLAPSE = 25  # madvise's MADV_COLLAPSE
 _REST = 9  # times as long as a page took: all of it at once would halve the speed meanwhile
 _REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(?:\[heap\])?\n((?:\w+:.*\n)+)")
 _FILLED = re.compile(r"^Rss: +(\d+) kB$", re.MULTILINE)
+_SHARED = re.compile(r"^Shared_(?:Clean|Dirty): +[1-9]", re.MULTILINE)
 
 _alone = threading.Lock()
 
@@ -30,10 +32,11 @@ _alone = threading.Lock()
 def gather_in_background() -> None:
     """Of all private memory of this process. It is ended with the process, wherever it is."""
     if sys.platform == "linux":
-        threading.Thread(target=gather, name="gptrt-huge-pages", daemon=True).start()
+        with suppress(RuntimeError):  # no thread to be had
+            threading.Thread(target=gather, name="gptrt-huge-pages", daemon=True).start()
 
 
-def gather(rest: float = _REST) -> None:
+def gather() -> None:
     """The same, here. A system without huge pages, or told not to use them, is left alone."""
     import ctypes
 
@@ -48,17 +51,18 @@ def gather(rest: float = _REST) -> None:
                 for page in range(start, end, size):
                     began = time.perf_counter()
                     madvise(page, size, _COLLAPSE)  # what cannot be gathered stays as it is
-                    time.sleep(rest * (time.perf_counter() - began))
+                    time.sleep(_REST * (time.perf_counter() - began))
     except (OSError, ValueError, AttributeError):
         return
 
 
 def dense_regions(smaps: str, size: int) -> Iterator[tuple[int, int]]:
     """Where private memory begins and ends, in whole pages of `size` bytes; of what is hardly
-    filled, none, as a huge page is filled from end to end."""
+    filled, none, as a huge page is filled from end to end, nor of what a fork still shares, as each
+    process would have its own."""
     for found in _REGION.finditer(smaps):
         first, last = (int(address, 16) for address in found.group(1, 2))
-        filled = _FILLED.search(found[3])
+        filled, shared = _FILLED.search(found[3]), _SHARED.search(found[3])
         start, end = -(-first // size) * size, last // size * size
-        if start < end and filled and 2 * 1024 * int(filled[1]) >= last - first:
+        if start < end and filled and not shared and 2048 * int(filled[1]) >= last - first:
             yield start, end

@@ -23,6 +23,7 @@ VmFlags: rd ex mr
 10000000-10500000 rw-p 00000000 00:00 0 [heap]
 Size:               5120 kB
 Rss:                4000 kB
+Shared_Dirty:          0 kB
 VmFlags: rd wr mr
 7f0000100000-7f0000900000 rw-p 00000000 00:00 0\x20
 Size:               8192 kB
@@ -31,6 +32,12 @@ VmFlags: rd wr mr
 7f1000000000-7f1000800000 rw-p 00000000 00:00 0\x20
 Size:               8192 kB
 Rss:                1024 kB
+VmFlags: rd wr mr
+7f1800000000-7f1800800000 rw-p 00000000 00:00 0\x20
+Size:               8192 kB
+Rss:                8192 kB
+Shared_Clean:          0 kB
+Shared_Dirty:       8192 kB
 VmFlags: rd wr mr
 7f2000000000-7f2000800000 rw-p 00000000 08:01 77 /data/weights
 Size:               8192 kB
@@ -43,7 +50,7 @@ VmFlags: rd wr mr
 """
 
 
-def test_private_memory_that_is_mostly_filled_is_gathered_in_whole_pages() -> None:
+def test_memory_that_is_private_and_mostly_filled_is_gathered_in_whole_pages() -> None:
     found = list(dense_regions(SMAPS, 2 * MB))
     assert found == [(0x10000000, 0x10400000), (0x7F0000200000, 0x7F0000800000)]
 
