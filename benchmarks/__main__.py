@@ -112,11 +112,12 @@ def perplexity(
     rows = texts.write_windows(source, text, window, windows, job.workshop.work)
     kinds = [(peer, kind) for peer, kind in job.kinds if kind.scores and not kind.borrows]
     bench = Run(job.workshop, rounds=1)
-    importance = texts.write_importance(source, calibration_text, window, job.workshop.work)
     calibration: dict[str, dict[str, Any]] = {
-        OURS.adapter: {"calibration-text": str(calibration_text.resolve()), "window": window},
-        "llamacpp": {"importance": str(importance)},
+        OURS.adapter: {"calibration-text": str(calibration_text.resolve()), "window": window}
     }
+    for adapter in {peer.adapter for peer, kind in kinds if kind.build.get("imatrix")}:
+        found = texts.write_importance(source, calibration_text, window, job.workshop.work)
+        calibration[adapter] = {"importance": str(found)}
     bench.perplexity(list(job.workshop.candidates(source, kinds, calibration)), source, rows)
     job.seen[source.name] = source.parameters
     job.finish(bench)
