@@ -60,8 +60,8 @@ for _command in (cli_tasks.finetune, cli_tasks.evaluate, cli_tasks.estimate):
 @click.option(
     "--bits-per-weight",
     type=float,
-    help="A budget over all parameters, with --quantize: what blocks leave of it is for the most "
-    "frequent tokens.",
+    help="A budget over all parameters, with --quantize: it gives the most frequent tokens more "
+    "bits, and the rarest fewer.",
 )
 @_projection
 @click.option("--distill", type=click.FloatRange(min=0), help="Weight of learning from --from.")

@@ -23,6 +23,7 @@ StoredIds = NDArray[np.uint32]  # as files have them
 TRAIN_IDS, VALID_IDS = "train.bin", "valid.bin"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 _PIECE = 1 << 20  # characters read at a time
+_COUNTED = 1 << 24  # ids at a time
 _UNCUT = 2  # so many of them are cut somewhere, even if nothing tells words apart
 
 _DTYPE = np.dtype("<u4")  # one width for every vocabulary: simple, and the disk is patient
@@ -258,3 +259,12 @@ def spread_windows(ids: NDArray[np.uint32], length: int, tokens: int) -> Ids:
     count = max(1, min(fitting, tokens // length))
     starts = (np.arange(count) * fitting // count) * length
     return np.stack([ids[s : s + length] for s in starts]).astype(np.int64)
+
+
+def count_each(ids: NDArray[np.uint32], vocab_size: int) -> Ids:
+    """How often each id occurs [vocab_size]."""
+    pieces = np.array_split(ids, -(-len(ids) // _COUNTED))
+    return sum(
+        (np.bincount(piece, minlength=vocab_size) for piece in pieces),
+        start=np.zeros(vocab_size, np.int64),
+    )

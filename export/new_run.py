@@ -112,7 +112,7 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
         save_checkpoint(base.alone(), folder / TEACHER_FOLDER)
     rounding = base.rounding if base else None
     if plan.recipe is not None:
-        rounding = _start_rounding(run, weights, plan.recipe, progress)
+        rounding = _start_rounding(run, weights, tokenizer, plan.recipe, progress)
         weights = rounding.in_state(weights)
     template = base.chat_template if base else None
     first = Checkpoint(model, weights, tokenizer, {}, rounding, special, template, task)
@@ -125,14 +125,27 @@ def _fill(folder: Path, plan: RunPlan, progress: Progress) -> None:
 
 
 def _start_rounding(
-    run: Run, weights: dict[str, torch.Tensor], recipe: Recipe, progress: Progress
+    run: Run,
+    weights: dict[str, torch.Tensor],
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    progress: Progress,
 ) -> TrainedRounding:
     """Training for rounding begins where error correction ends."""
-    config, train = run.config.model, run.config.train
-    windows = data.spread_windows(data.open_ids(run.train_ids), train.seq_len, _START_TOKENS)
+    config, ids = run.config.model, data.open_ids(run.train_ids)
+    windows = data.spread_windows(ids, run.config.train.seq_len, _START_TOKENS)
+    formats = recipe.formats(config, _expected(ids, tokenizer, config.vocab_size))
     model = Checkpoint(config, weights, None, {}).model()
-    matrices = correct_errors(model, recipe.formats(config), windows, progress, by_row=True)
+    matrices = correct_errors(model, formats, windows, progress, by_row=True)
     return TrainedRounding.start(matrices, weights)
+
+
+def _expected(ids: data.StoredIds, tokenizer: Tokenizer, vocab_size: int) -> data.Ids:
+    """How often each token is to be expected: what this text lacks, another may have; and those
+    that text never has, that end it or mark who speaks, count as its most frequent."""
+    counts = data.count_each(ids, vocab_size) + 1
+    counts[list(tokenizer.get_added_tokens_decoder())] = counts.max()
+    return counts
 
 
 def _tokenizer(plan: RunPlan, progress: Progress) -> Tokenizer:

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 
 _ROWS = re.compile(r"\[(\d*):(\d*)\]$")
 
 
-def split(name: str, rows: int) -> tuple[str, str]:
-    """The names of the first `rows` rows, and of the rest."""
-    return f"{name}[:{rows}]", f"{name}[{rows}:]"
+def split(name: str, *bounds: int) -> tuple[str, ...]:
+    """The names of the parts between bounds, which ascend and are within the matrix.
+
+    >>> split("wte.weight", 64, 7168)
+    ('wte.weight[:64]', 'wte.weight[64:7168]', 'wte.weight[7168:]')
+    """
+    if not bounds:
+        return (name,)
+    ends = ["", *map(str, bounds), ""]
+    return tuple(f"{name}[{first}:{after}]" for first, after in pairwise(ends))
 
 
 def parameter_of(name: str) -> str:

@@ -16,10 +16,11 @@ from .blocks import BlockFormat, BlockMatrix
 from .calibration import Ids, correct_errors
 from .learned_rounding import learn_rounding
 from .model import GPT, head_parameter, parameter_shapes
-from .parts import parameter_of, parts_of, rows_of, shape_of, split
+from .parts import parameter_of, parts_of, rows_of, shape_of
 from .progress import Progress, silent
 from .projection import PROJECTIONS, worth_projecting
 from .rounding import DATA_FREE, nearest
+from .row_bits import FREQUENT_BITS, Counts, RowBits, rows_within, usual_rows
 from .settings import Method, Mode
 
 Matrices = dict[str, BlockMatrix]
@@ -33,12 +34,6 @@ BY_TEXT: dict[Method, Callable[[GPT, Formats, Ids, Progress], Matrices]] = {
     "learned": learn_rounding,
 }
 HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bits of the others
-# Vocabularies are in the order of frequency, as `tokenization` makes them, or nearly so, as merges
-# are learnt: the first tokens are most of any text. Their rows at 8 bits undo two thirds of what a
-# head of 4 bits costs, for an eighth of what a head of 8 bits would.
-_FREQUENT_SHARE, _FREQUENT_BITS = 8, 8
-_LEAST_TO_SPLIT = 1024  # rows: below, all are as good as frequent, whatever their order
-_ROWS_TOGETHER = 32  # of a part that is as large as a budget allows: kernels take them in groups
 
 # Weights that share a scale, by the bits of most matrices, in wide models and in narrow ones. At 8
 # bits they are fewer: kernels round the inputs of a product in blocks of the same size, and there
@@ -59,8 +54,8 @@ class Recipe:
 
     `head_bits` is of the vocabulary matrix, the most sensitive one: where it is the embedding too,
     it is stored once. Left out, an eighth of its rows, the most frequent tokens, have 8 bits; or,
-    with `bits_per_weight`, a budget over all parameters, as many as it leaves room for. With
-    `projection` it is rounded in a basis of its own.
+    with `bits_per_weight`, a budget over all parameters, as many as it leaves room for, for which
+    the rarest may have 2. With `projection` it is rounded in a basis of its own.
     Raises OptionError for a combination that there is not.
     """
 
@@ -126,23 +121,27 @@ class Recipe:
         """Raises OptionError for a budget that such a model cannot keep to."""
         self.formats(replace(config, projected=config.projected or self.projects(config)))
 
-    def formats(self, config: ModelConfig) -> Formats:
+    def formats(self, config: ModelConfig, counts: Counts | None = None) -> Formats:
         """The format of every matrix, by the name of its parameter in `GPT`, or of its `parts`.
+
+        `counts` [vocab_size] says how often each token is to be expected, for a budget to take bits
+        from the rarest.
 
         Raises OptionError for a budget below what it takes without any row at 8 bits.
         """
         rows, budget = config.vocab_size, self.bits_per_weight
         if budget is None:
-            return self._formats(config, frequent_rows(rows))
-        least, most = (average_bits(config, self._formats(config, count)) for count in (0, rows))
-        if not budget >= least:  # nor is NaN
-            raise too_few_bits(least, budget)
-        room = min(1.0, (budget - least) / (most - least))
-        groups = int(room * rows) // _ROWS_TOGETHER if rows >= _LEAST_TO_SPLIT else 0
-        return self._formats(config, rows if room == 1.0 else groups * _ROWS_TOGETHER)
+            return self._formats(config, usual_rows(rows))
+        plain, finest, coarsest = (
+            average_bits(config, self._formats(config, vocabulary))
+            for vocabulary in (RowBits(0), RowBits(rows), RowBits(0, rows))
+        )
+        if not budget >= plain:  # nor is NaN
+            raise too_few_bits(plain, budget)
+        room = (budget - plain, finest - plain, plain - coarsest)
+        return self._formats(config, rows_within(rows, *room, self.bits_of_head, counts))
 
-    def _formats(self, config: ModelConfig, frequent: int) -> Formats:
-        """With so many rows of the vocabulary, the most frequent tokens, at 8 bits."""
+    def _formats(self, config: ModelConfig, vocabulary: RowBits) -> Formats:
         symmetric = self.symmetric
         if symmetric is None:
             symmetric = self.chosen_method not in _OWN_ZEROS
@@ -151,33 +150,24 @@ class Recipe:
         for name, shape in matrix_shapes(config).items():
             # Tables that rows are gathered from are symmetric: one kernel reads both.
             even = symmetric or name in ("wte.weight", "wpe.weight")
-            for part, bits in self._bits_of_parts(name, shape, frequent).items():
+            for part, bits in self._bits_of_parts(name, shape, vocabulary).items():
                 formats[part] = BlockFormat(bits, size, even).within(shape[1])
         return formats
 
     @property
     def _splits_vocabulary(self) -> bool:
-        return self.head_bits is None and self.bits < _FREQUENT_BITS
+        return self.head_bits is None and self.bits < FREQUENT_BITS
 
-    def _bits_of_parts(self, name: str, shape: tuple[int, int], frequent: int) -> dict[str, int]:
+    def _bits_of_parts(
+        self, name: str, shape: tuple[int, int], vocabulary: RowBits
+    ) -> dict[str, int]:
         if name in _SMALL:
             return {name: _SMALL_BITS}
         if name not in _VOCABULARY:
             return {name: self.bits}
-        if frequent == 0 or not self._splits_vocabulary:
+        if not self._splits_vocabulary:
             return {name: self.bits_of_head}
-        first, *rest = vocabulary_parts(name, shape[0], frequent)
-        return {first: _FREQUENT_BITS} | dict.fromkeys(rest, self.bits_of_head)
-
-
-def frequent_rows(rows: int) -> int:
-    """How many of the rows of a vocabulary are those of frequent tokens."""
-    return rows // _FREQUENT_SHARE if rows >= _LEAST_TO_SPLIT else rows
-
-
-def vocabulary_parts(name: str, rows: int, frequent: int) -> tuple[str, ...]:
-    """The rows of the frequent tokens, and the rest, if there is one."""
-    return split(name, frequent) if frequent < rows else (name,)
+        return vocabulary.parts(name, shape[0], self.bits_of_head)
 
 
 def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -191,7 +181,7 @@ def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def _parts_to_choose_for(name: str, rows: int) -> tuple[str, ...]:
-    return vocabulary_parts(name, rows, frequent_rows(rows)) if name in _VOCABULARY else (name,)
+    return usual_rows(rows).names(name, rows) if name in _VOCABULARY else (name,)
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from export.blocks import BITS, BlockFormat, BlockMatrix, Grid, least_squares_grid
 from export.calibration import correct_errors
@@ -412,6 +413,55 @@ def test_what_a_budget_leaves_is_for_the_rows_of_the_most_frequent_tokens(
             assert average_bits(shape, larger) > budget
     assert found[0.0] == 0 and found[1.0] == found[2.0] == shape.vocab_size
     assert 0 < found[0.3] < found[0.6] < shape.vocab_size
+
+
+def test_a_budget_takes_bits_from_rows_that_are_hardly_read_for_those_that_are() -> None:
+    shape = replace(GPT2_SHAPE, vocab_size=2000)
+    least, most = (
+        average_bits(shape, Recipe("int4", block_size=32, head_bits=bits).formats(shape))
+        for bits in (4, 8)
+    )
+    budget = least + 0.1 * (most - least)
+    recipe = Recipe("int4", block_size=32, bits_per_weight=budget)
+
+    def rows_at(counts: NDArray[np.int64] | None) -> dict[int, int]:
+        formats = recipe.formats(shape, counts)
+        assert average_bits(shape, formats) <= budget
+        parts = parts_of("wte.weight", formats)
+        whole = (shape.vocab_size, shape.n_embd)
+        return {formats[part].bits: shape_of(part, whole)[0] for part in parts}
+
+    falling = 1_000_000 // np.arange(1, 2001) ** 2  # as the frequencies of words do, and faster
+    unknown, known = rows_at(None), rows_at(falling)
+    assert list(unknown) == [8, 4] and list(known) == [8, 4, 2]
+    assert known[8] > unknown[8] and sum(known.values()) == shape.vocab_size
+    assert rows_at(np.full(2000, 500)) == unknown
+    falling[-1] = falling[0]  # a token that ends texts may be the last of all
+    assert rows_at(falling) == unknown
+
+
+def test_rows_of_eight_four_and_two_bits_run_as_they_were_trained(
+    save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
+) -> None:
+    shape = replace(LLAMA_SHAPE, vocab_size=1040, tied=True)
+    source = save_model(scrambled(shape))
+    plain = Recipe("int4", block_size=32, projection=False, head_bits=4)
+    budget = average_bits(shape, plain.formats(shape)) + 0.05
+    recipe = replace(plain, head_bits=None, bits_per_weight=budget)
+    settings = {"seq_len": "32", "batch_size": "4", "max_steps": "4", "eval_every": "2"}
+    plan = plan_run(None, source, [text_file], [], "cpu", settings, None, recipe)
+    made = create_run(tmp_path / "run", plan)
+    train(made, QUIET)
+    checkpoint = load_checkpoint(made.path)
+    assert checkpoint.rounding is not None
+    formats = checkpoint.rounding.formats
+    assert [formats[part].bits for part in parts_of("wte.weight", formats)] == [8, 4, 2]
+    out = tmp_path / "bundle"
+    manifest = convert(made.path, out, ConvertOptions(allow_loss=True, against=made.path))
+    assert manifest.quantization.bits_per_weight <= budget + 1e-4
+    assert manifest.fidelity is not None and manifest.fidelity.kl < 1e-3
+    for name, tensor in load_bundle(out).state.items():
+        assert torch.allclose(tensor, checkpoint.state[name], atol=1e-6), name
 
 
 def test_a_small_vocabulary_whose_order_says_nothing_is_not_divided_by_a_budget() -> None:
