@@ -36,8 +36,9 @@ def gather_in_background() -> None:
             threading.Thread(target=gather, name="gptrt-huge-pages", daemon=True).start()
 
 
-def gather() -> None:
-    """The same, here. A system without huge pages, or told not to use them, is left alone."""
+def gather(rest: float = _REST) -> None:
+    """The same, here, with a rest after each page of so many times as long as it took. A system
+    without huge pages, or told not to use them, is left alone."""
     import ctypes
 
     try:
@@ -51,7 +52,7 @@ def gather() -> None:
                 for page in range(start, end, size):
                     began = time.perf_counter()
                     madvise(page, size, _COLLAPSE)  # what cannot be gathered stays as it is
-                    time.sleep(_REST * (time.perf_counter() - began))
+                    time.sleep(rest * (time.perf_counter() - began))
     except (OSError, ValueError, AttributeError):
         return
 
