@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any
 
 from .peers import OURS
-from .results import Results
+from .results import CURVE_NEW, DECODE_CONTEXT, DECODE_PROMPT, Results
 
 _BITS_COLORS = {2: "navy", 4: "tab:blue", 8: "tab:cyan"}  # of ours; the others are grey
+_LIMIT: dict[str, Any] = {"ls": "--", "color": "0.5", "label": "memory limit of gptrt int4"}
 _OTHERS = ("tab:orange", "tab:red", "tab:green", "tab:brown", "tab:purple")
 
 
@@ -79,11 +80,11 @@ def _draw_lines(axes: Any, results: Results, measure: str) -> None:
         points = results.points(shape, entry.who, measure)
         values = [results.values(shape, entry.who, measure, x) for x in points]
         _line(axes, results, entry.who, points, values)
-    limit = _limit(results, shape)
-    rows = points if measure == "batch" else [1] * len(points)
-    axes.plot(
-        points, [limit * n for n in rows], "--", color="0.5", label="memory limit, int4 weights"
-    )
+    if measure == "batch":
+        limits = [_limit(results, shape, DECODE_PROMPT + CURVE_NEW / 2, n) for n in points]
+    else:
+        limits = [_limit(results, shape, n - CURVE_NEW / 2) for n in points]
+    axes.plot(points, limits, **_LIMIT)
     axes.set_xscale("log", base=2)
     if measure == "batch":  # the limit soon leaves the picture: products take over
         everything = [v for e in entries for v in results.values(shape, e.who, measure)]
@@ -101,13 +102,7 @@ def _draw_sizes(axes: Any, results: Results) -> None:
         values = [results.values(s, who, "decode") for s in shapes]
         if all(values):
             _line(axes, results, who, sizes, values)
-    axes.plot(
-        sizes,
-        [_limit(results, s) for s in shapes],
-        "--",
-        color="0.5",
-        label="memory limit, int4 weights",
-    )
+    axes.plot(sizes, [_limit(results, s) for s in shapes], **_LIMIT)
     axes.set_xscale("log")
     _plain_log(axes)
     axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
@@ -129,10 +124,12 @@ def _sized(results: Results) -> list[str]:
     return shapes if len(shapes) > 1 else []
 
 
-def _limit(results: Results, shape: str) -> float:
-    """Tokens/s if nothing cost time but reading the smallest of our files once a token."""
-    ours = [e.bytes for e in results.entries if e.shape == shape and e.who == f"{OURS.name} int4"]
-    return results.bandwidth(shape) * 1e9 / ours[0] if ours else float("nan")
+def _limit(results: Results, shape: str, context: float = DECODE_CONTEXT, rows: int = 1) -> float:
+    """Tokens/s if nothing cost time but reading weights and caches, of ours at 4 bits, once a
+    step."""
+    wanted = (shape, f"{OURS.name} int4")
+    read = [e.read(context, rows) for e in results.entries if (e.shape, e.who) == wanted]
+    return rows * results.bandwidth(shape) * 1e9 / read[0] if read else float("nan")
 
 
 def _line(axes: Any, results: Results, who: str, x: list[Any], values: list[list[float]]) -> None:

@@ -29,6 +29,7 @@ class Checkpoint:
     family: str
     vocab_size: int
     context: int
+    cache_values: int  # of keys and values, for each position
 
     @property
     def parameters(self) -> int:
@@ -82,7 +83,8 @@ def read_checkpoint(name: str, path: Path) -> Checkpoint:
 
     config = load_checkpoint(path).config
     family = json.loads((path / "config.json").read_text())["model_type"]
-    return Checkpoint(name, path, family, config.vocab_size, config.n_positions)
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_dim
+    return Checkpoint(name, path, family, config.vocab_size, config.n_positions, cache)
 
 
 def numbered_tokenizer(size: int) -> Any:

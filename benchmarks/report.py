@@ -45,7 +45,8 @@ def _heading(results: Results) -> str:
         read = (f"{results.bandwidth(s):.1f} ({s})" for s in results.shapes("bandwidth"))
         lines.append(
             f"This machine read memory, in GB/s, at {', '.join(read)}; the share of that limit is "
-            "tokens/s times the bytes of the model over it."
+            "tokens/s times the bytes that a step reads over it: those of the model, and of the "
+            "cache at its mean length."
         )
     return "\n".join(lines)
 
@@ -107,7 +108,7 @@ def _cell(values: list[float], form: str) -> str:
 
 def _share(results: Results, entry: Entry) -> str:
     speeds = results.values(entry.shape, entry.who, "decode")
-    limit = results.bandwidth(entry.shape) * 1e9 / entry.bytes
+    limit = results.bandwidth(entry.shape) * 1e9 / entry.read()
     return f"{median(speeds) / limit:.0%}" if speeds else ""
 
 

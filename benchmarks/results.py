@@ -11,6 +11,9 @@ from typing import Any
 
 RESULTS_FILE = "results.json"
 BANDWIDTH = "bandwidth"  # of the machine, in GB/s: a measure that no runtime has
+DECODE_PROMPT, DECODE_NEW = 32, 128  # ids of what decoding is measured by
+DECODE_CONTEXT = DECODE_PROMPT + DECODE_NEW / 2  # on the mean
+CURVE_NEW = 32  # ids by which a point of the other curves is
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a runtime on a shape beside its samples."""
+    """What is known of a runtime on a shape beside its samples: the bytes of its files, and of what
+    its cache keeps of a position."""
 
     shape: str
     who: str
     bits: int
     bytes: int
     settings: dict[str, Any]
+    cache_bytes: int = 0
+
+    def read(self, context: float = DECODE_CONTEXT, rows: int = 1) -> float:
+        """Bytes that a step reads: all weights, and each row's cache at a context."""
+        return self.bytes + rows * context * self.cache_bytes
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,11 @@ from typing import Any
 
 from .models import Candidate, Checkpoint, Workshop
 from .processes import Worker, WorkerError, first_token, started
-from .results import BANDWIDTH, Entry, Sample
+from .results import BANDWIDTH, CURVE_NEW, DECODE_NEW, DECODE_PROMPT, Entry, Sample
 
-_DECODE_PROMPT, _DECODE_NEW = 32, 128
 _PREFILLS = (32, 512)
 _CONTEXTS = (64, 128, 256, 512, 1024)
-_CONTEXT_NEW = 32
 _BATCHES = (1, 2, 4, 8, 16)
-_BATCH_NEW = 32
 _TRIALS = 2
 
 TABLE = ("decode", "prefill", "cold")
@@ -53,18 +50,18 @@ class Question:
 
 def questions(measure: str, context: int) -> Iterator[Question]:
     """Those of a measure that fit into a context."""
-    prompt = min(_DECODE_PROMPT, context // 4)
+    prompt = min(DECODE_PROMPT, context // 4)
     if measure == "decode":
-        new = min(_DECODE_NEW, context - prompt - 1)
+        new = min(DECODE_NEW, context - prompt - 1)
         yield Question(measure, new, prompt, new + 1)
     elif measure == "prefill":
         yield from (Question(measure, n, n, 1) for n in _PREFILLS if n < context)
     elif measure == "context":
         yield from (
-            Question(measure, n, n - _CONTEXT_NEW, _CONTEXT_NEW) for n in _CONTEXTS if n <= context
+            Question(measure, n, n - CURVE_NEW, CURVE_NEW) for n in _CONTEXTS if n <= context
         )
     elif measure == "batch":
-        new = min(_BATCH_NEW, context - prompt)
+        new = min(CURVE_NEW, context - prompt)
         yield from (Question(measure, n, prompt, new, n) for n in _BATCHES)
 
 
@@ -199,9 +196,9 @@ class Run:
         settings = (
             candidate.kind.build | candidate.kind.options | self.chosen.get(candidate.name, {})
         )
-        entry = Entry(
-            checkpoint.name, candidate.name, candidate.kind.bits, candidate.bytes, settings
-        )
+        kind = candidate.kind
+        cache = checkpoint.cache_values * kind.cache_bits // 8
+        entry = Entry(checkpoint.name, candidate.name, kind.bits, candidate.bytes, settings, cache)
         if entry not in self.entries:
             self.entries.append(entry)
 

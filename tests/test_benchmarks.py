@@ -96,6 +96,18 @@ def test_parts_of_a_run_are_drawn_together_by_the_rounds_that_they_share(tmp_pat
         load([parts[0], part("c", "another")])
 
 
+def test_the_share_of_the_memory_limit_counts_weights_and_cache() -> None:
+    from benchmarks.report import report
+    from benchmarks.results import Entry, Results, Sample
+
+    entry = Entry("tiny", "gptrt int4", bits=4, bytes=4000, settings={}, cache_bytes=10)
+    assert entry.read(context=100, rows=2) == 4000 + 2 * 100 * 10
+    speed = Sample("tiny", entry.who, "decode", 128, 0, value=101.0)
+    memory = Sample("tiny", "machine", "bandwidth", 0, 0, value=1e-3)  # 201.6 times 4,960 bytes
+    results = Results("today", "one", 1, {}, [], {"tiny": 1}, [entry], [speed, memory])
+    assert report(results).count(" 50% |") == 1
+
+
 def test_a_peer_that_is_not_there_is_named_and_left_out(tmp_path: Path) -> None:
     from benchmarks.peers import Peer
     from benchmarks.processes import Environments

@@ -20,7 +20,8 @@ class Kind:
     """One form of the weights. `build` and `options` go to the adapter as they are.
 
     `choices` are settings between which the suite decides by a trial on the model itself.
-    `borrows` names the kind of ours whose files are run instead of files of its own.
+    `borrows` names the kind of ours whose files are run instead of files of its own. `cache_bits`
+    is what a value of its KV cache takes.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Kind:
     options: Settings = field(default_factory=dict)
     choices: tuple[Settings, ...] = ({},)
     families: tuple[str, ...] = ("gpt2", "llama")
+    cache_bits: int = 32
     curves: bool = False  # drawn against context, batch and size
     borrows: str = ""
     scores: bool = False  # whether its adapter gives the logits of all positions
@@ -60,9 +62,13 @@ _LLAMA: Settings = {
         {"flash_attention": flash, "n_ubatch": size}
         for flash, size in product((False, True), (128, 512))
     ),
+    "cache_bits": 16,
     "scores": True,
 }
-_ATTENTIONS = ({"ATTENTION_BACKEND": "SDPA"}, {"ATTENTION_BACKEND": "PA"})
+_OPENVINO: Settings = {
+    "choices": ({"ATTENTION_BACKEND": "SDPA"}, {"ATTENTION_BACKEND": "PA"}),
+    "cache_bits": 8,
+}
 
 PEERS = (
     Peer(
@@ -124,8 +130,8 @@ PEERS = (
         "openvino",
         ("openvino-genai", "optimum-intel[openvino]", _TORCH),
         (
-            Kind("int4", 4, {"weight-format": "int4", "group-size": 64}, choices=_ATTENTIONS),
-            Kind("int8", 8, {"weight-format": "int8"}, choices=_ATTENTIONS),
+            Kind("int4", 4, {"weight-format": "int4", "group-size": 64}, **_OPENVINO),
+            Kind("int8", 8, {"weight-format": "int8"}, **_OPENVINO),
         ),
         shown=2,
         without=("torchvision",),  # its wheels are for another torch than the CPU's
@@ -147,7 +153,7 @@ PEERS = (
         ("transformers", _TORCH),
         (
             Kind("fp32", 32, {"dtype": "float32"}, scores=True),
-            Kind("bf16", 16, {"dtype": "bfloat16"}),
+            Kind("bf16", 16, {"dtype": "bfloat16"}, cache_bits=16),
         ),
         shown=2,
     ),
