@@ -17,7 +17,7 @@ _OTHERS = ("tab:orange", "tab:red", "tab:green", "tab:brown", "tab:purple")
 
 def draw_bars(results: Results, target: Path) -> None:
     """Decode speed of everyone, a panel a shape, with the lowest and the highest round."""
-    shapes = results.shapes("load") or results.shapes("decode")
+    shapes = results.tables
     counts = [len(list(results.entries_of(shape, "decode"))) for shape in shapes]
     figure, panels = canvas(7.5, 0.6 * len(shapes) + 0.27 * sum(counts), len(shapes), 1, counts)
     for shape, axes in zip(shapes, panels, strict=True):

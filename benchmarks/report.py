@@ -24,9 +24,7 @@ README_MARKS = ("<!-- speeds -->", "<!-- /speeds -->")
 def report(results: Results) -> str:
     """All of it."""
     parts = [_heading(results)]
-    parts += [
-        _table(results, shape) for shape in results.shapes("load") or results.shapes("decode")
-    ]
+    parts += [_table(results, shape) for shape in results.tables]
     parts += [_curve(results, measure) for measure in ("context", "batch")]
     parts += [_sizes(results), _perplexities(results), _settings(results)]
     parts += results.skipped
@@ -75,7 +73,7 @@ def _table(results: Results, shape: str) -> str:
 
 def into_readme(results: Results, text: str) -> str:
     """The README with the medians of the first shape between its two marks."""
-    shape = results.shapes("decode")[0]
+    shape = results.tables[0]
     columns = [c for c in _COLUMNS if c[0] not in ("prefill 32", "load s")]
     rows = []
     for entry in results.entries_of(shape, "decode"):
@@ -92,7 +90,7 @@ def into_readme(results: Results, text: str) -> str:
         "",
         *_markdown(["runtime", *(c[0] for c in columns), "disk MB"], rows),
     ]
-    for name in results.shapes("decode"):
+    for name in results.tables:
         if ratios := [f"- {line.strip()}" for line in _ratios(results, name)]:
             lines += ["", f"On {name}:", "", *ratios]
     before, _, rest = text.partition(README_MARKS[0])

@@ -83,6 +83,11 @@ class Results:
         """Those on which a measure was taken, in order."""
         return list(dict.fromkeys(s.shape for s in self.samples if s.measure == measure))
 
+    @property
+    def tables(self) -> list[str]:
+        """Those that everything was measured on, and not only the curve of sizes."""
+        return self.shapes("load") or self.shapes("decode")
+
     def entries_of(self, shape: str, measure: str) -> Iterator[Entry]:
         measured = {s.who for s in self.samples if (s.shape, s.measure) == (shape, measure)}
         return (e for e in self.entries if e.shape == shape and e.who in measured)
