@@ -134,7 +134,10 @@ def _start_rounding(
     """Training for rounding begins where error correction ends."""
     config, ids = run.config.model, data.open_ids(run.train_ids)
     windows = data.spread_windows(ids, run.config.train.seq_len, _START_TOKENS)
-    formats = recipe.formats(config, _expected(ids, tokenizer, config.vocab_size))
+    counts = None
+    if recipe.bits_per_weight is not None:
+        counts = _expected(ids, tokenizer, config.vocab_size)
+    formats = recipe.formats(config, counts)
     model = Checkpoint(config, weights, None, {}).model()
     matrices = correct_errors(model, formats, windows, progress, by_row=True)
     return TrainedRounding.start(matrices, weights)
@@ -144,7 +147,8 @@ def _expected(ids: data.StoredIds, tokenizer: Tokenizer, vocab_size: int) -> dat
     """How often each token is to be expected: what this text lacks, another may have; and those
     that text never has, that end it or mark who speaks, count as its most frequent."""
     counts = data.count_each(ids, vocab_size) + 1
-    counts[list(tokenizer.get_added_tokens_decoder())] = counts.max()
+    added = [token for token in tokenizer.get_added_tokens_decoder() if token < vocab_size]
+    counts[added] = counts.max()
     return counts
 
 

@@ -43,13 +43,13 @@ def bench(
     """Load the bundle at `path` (default: the embedded one) and measure it.
 
     Medians of `rounds` after one that warms up, on the CPU with the weights in huge pages, as they
-    come to be in use: `load_s` hashes the files, imports onnxruntime
-    and opens the graph, once; `ttft_s` lasts from the call to the first id, `prefill_tok_s` is
-    the prompt over that; `decode_tok_s` counts the ids after the first. `loop_overhead_us` is the
-    median over all steps of what the loop over ids takes outside onnxruntime; no text is made.
-    `peak_rss_mb` is of the whole process, in 10**6 bytes, None where the system does not tell. On
-    CUDA `bandwidth_gb_s` is what copies within the card's memory reach, and `bandwidth_share` how
-    much of it decoding takes to read all weights once an id.
+    come to be in use. `load_s` hashes the files, imports onnxruntime and opens the graph, once;
+    `ttft_s` lasts from the call to the first id, `prefill_tok_s` is the prompt over that;
+    `decode_tok_s` counts the ids after the first. `loop_overhead_us` is the median over all steps
+    of what the loop over ids takes outside onnxruntime; no text is made. `peak_rss_mb` is of the
+    whole process, in 10**6 bytes, None where the system does not tell. On CUDA `bandwidth_gb_s` is
+    what copies within the card's memory reach, and `bandwidth_share` how much of it decoding takes
+    to read all weights once an id.
     """
     began = time.perf_counter()
     bundle = open_bundle(bundle_path(path))
