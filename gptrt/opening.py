@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from gptrt.architecture import ForeignModel
 from gptrt.decoder import Decoder
@@ -47,21 +47,16 @@ def open_parts(
 
         _check_native(cuda_graphs)
         return Parts(*foreign_decoder.open_parts(folder, device=device, threads=threads))
-    # Hashing, opening and reading the tokenizer do not need each other.
     bundle = open_structure(bundle_path(path))
-    hashing = _Beside(lambda: check_weights(bundle))
-    beside: list[_Beside[Any]] = [hashing]
-    try:
-        import_onnxruntime()
-        opening = _Beside(
-            lambda: open_decoder(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs)
-        )
-        beside.append(opening)
+    import_onnxruntime()
+    opening = _Beside(
+        lambda: open_decoder(bundle, device=device, threads=threads, cuda_graphs=cuda_graphs)
+    )
+    try:  # meanwhile; the tokenizer last, as its library keeps Python's lock while it reads
+        check_weights(bundle)
         tokenizer = Tokenizer.open(bundle)
-        hashing.result()
     finally:
-        for thread in beside:  # a process that ends while onnxruntime opens a graph aborts
-            thread.join()
+        opening.join()  # a process that ends while onnxruntime opens a graph aborts
     return Parts(opening.result(), tokenizer, bundle.manifest.task)
 
 
