@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gptrt.cuda import Cuda
 from gptrt.errors import BundleError, DependencyError, DeviceError, OptionError, first_line
-from gptrt.huge_pages import gather_in_background
+from gptrt.huge_pages import IN_USE, gather_in_background
 from gptrt.interrupt import Interrupt
 from gptrt.machine import usable_cores
 
@@ -31,7 +31,6 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CUDA_HELP = "pip install 'gptrt[cuda]' and its CUDA libraries, or use device='cpu'"
 _TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _CACHE_LINE = 64  # bytes
-_SETTLED = 64  # runs, after which weights are worth being moved: that takes as long as some of them
 _COPIED = 1 << 29  # bytes, to measure by: far more than the caches of a card
 # Operators that are the model itself. All others may well run on the CPU: they compute shapes.
 _COMPUTE = {
@@ -179,7 +178,7 @@ class Engine:
         finally:
             self.seconds += time.perf_counter() - began
         self._runs += 1
-        if self._runs == _SETTLED and self.device == "cpu":
+        if self._runs == IN_USE and self.device == "cpu":
             gather_in_background()
 
     def new_capture(self) -> Capture:

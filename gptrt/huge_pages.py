@@ -21,6 +21,7 @@ from pathlib import Path
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _MAPS = Path("/proc/self/smaps")
 _COLLAPSE = 25  # madvise's MADV_COLLAPSE
+IN_USE = 64  # runs of a model, after which it is: moving its weights takes as long as some of them
 _REST = 9  # times as long as a page took: all of it at once would halve the speed meanwhile
 _REGION = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(?:\[heap\])?\n((?:\w+:.*\n)+)")
 _FILLED = re.compile(r"^Rss: +(\d+) kB$", re.MULTILINE)

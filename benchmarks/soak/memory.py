@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from gptrt.generator import Generator
-from gptrt.huge_pages import gather
+from gptrt.huge_pages import IN_USE, gather
 
 from .workload import Workload, open_generator
 
 _SAMPLES = 100
-_IN_USE = 64  # calls, of a step or two
 _LEAST = 1_000_000  # bytes over half of a run: less is no leak worth the name
 
 Sample = tuple[int, int]  # how often it had been done, and the bytes then
@@ -61,7 +60,7 @@ class Growth:
 def generate_often(generator: Generator, times: int, *, samples: int = _SAMPLES) -> Growth:
     """Calls of every sort, once the model is in use and its weights have moved to huge pages: those
     fill gaps, which is growth and no leak."""
-    for _ in range(_IN_USE):
+    for _ in range(IN_USE):
         generator.generate([1], max_new_tokens=2)
     gather(rest=0.0)
     return measure_growth(times, Workload(generator).run_one, samples=samples)
