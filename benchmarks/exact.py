@@ -22,13 +22,14 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 Float = NDArray[np.float32]
 
 _ROWS = 8
-_SHAPES = ((384, 1152), (1024, 384), (384, 7168))  # [in, out]
-_BLOCKS = (32, 64, 128)
+_SHAPES = ((512, 1536), (1024, 512), (512, 7168))  # [in, out]
+_BLOCKS = (32, 64, 128, 256)
 
 
 def main() -> None:
     print(f"{date.today()}; onnxruntime {version('onnxruntime')}\n")
-    print("| bits | " + " | ".join(f"block {size}" for size in _BLOCKS) + " |\n|---|---|---|---|")
+    print("| bits | " + " | ".join(f"block {size}" for size in _BLOCKS) + " |")
+    print("|---" * (1 + len(_BLOCKS)) + "|")
     for bits in (8, 4, 2):
         cells = (max(difference(*shape, bits, size) for shape in _SHAPES) for size in _BLOCKS)
         print(f"| {bits} | " + " | ".join(f"{cell:.0e}" if cell else "0" for cell in cells) + " |")

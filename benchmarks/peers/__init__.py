@@ -85,9 +85,9 @@ PEERS = (
                 scores=True,
             ),
             Kind(
-                "int4 throughout",
+                "int4 for speed",
                 4,
-                {"quantize": "int4", "head-bits": 4},
+                {"quantize": "int4", "head-bits": 4, "block-size": 256},
                 families=_ALL,
                 scores=True,
             ),
