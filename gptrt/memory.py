@@ -16,7 +16,6 @@ from gptrt.reading import LONGEST_PASS
 RUNTIME = 85_000_000  # the interpreter, numpy, onnxruntime and its session
 _TOKENIZER = 240  # an entry
 _KEPT = 1.12  # of the weights: packed for the kernels, the embedding's rows beside them
-_ARENA = 2  # onnxruntime keeps about twice what a pass needs at once
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,13 @@ def estimate(
         runtime=RUNTIME + _TOKENIZER * manifest.model.vocab_size,
         weights=int(_KEPT * manifest.weights_bytes),
         cache=cache_bytes(manifest.cache, length, batch),
-        passes=_ARENA * _pass_bytes(manifest, length, batch),
+        passes=_pass_bytes(manifest, length, batch),
     )
 
 
 def _pass_bytes(manifest: Manifest, length: int, batch: int) -> int:
-    """Activations of the longest pass, its attention, and the logits of a step, in float32."""
+    """Activations of the longest pass, its attention, and the logits of a step, in float32: once,
+    though more is kept for the next pass, as what opening took at its peak is free by then."""
     model, new = manifest.model, min(length, LONGEST_PASS)
     width, inner, heads = _widths(model, manifest)
     values = new * (8 * width + 2 * inner) + heads * new * length + batch * model.vocab_size
