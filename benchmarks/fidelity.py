@@ -1,10 +1,14 @@
 """What each way of quantizing a checkpoint costs: perplexity, divergence, agreement, and bytes.
 
-    python -m benchmarks.fidelity CHECKPOINT --verify-text FILE --calibration-text FILE [--window N]
+    python -m benchmarks.fidelity CHECKPOINT --verify-text FILE --calibration-text FILE
+        [--window N] [--verify-tokens N] [--only RECIPE ...]
 
 Every row is a bundle made by `gptrt-export convert` and measured through the runtime against the
 checkpoint in fp32. `bits in all` are those of the graph and its weights for each parameter of the
-model, structure, embeddings, norms and all. A run folder needs no texts.
+model, structure, embeddings, norms and all. A run folder needs no texts. One of the embedded
+default, whose weights are then those that it ships:
+
+    gptrt-export train --from models/tales --data TRAIN --valid VALID --max-steps 0 --out RUN
 """
 
 from __future__ import annotations
@@ -55,12 +59,14 @@ def main() -> None:
     parser.add_argument("--verify-text", type=Path)
     parser.add_argument("--calibration-text", type=Path)
     parser.add_argument("--window", type=int)
+    parser.add_argument("--verify-tokens", type=int)
     parser.add_argument("--only", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     args = parser.parse_args()
     texts = {
         "--verify-text": args.verify_text,
         "--calibration-text": args.calibration_text,
         "--window": args.window,
+        "--verify-tokens": args.verify_tokens,
     }
     given = [str(word) for key, value in texts.items() if value for word in (key, value)]
     print(

@@ -19,7 +19,7 @@ from torch import Tensor
 from gptrt.architecture import ModelConfig
 from gptrt.chat import ChatTemplate
 from gptrt.errors import CheckpointError, first_line
-from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE
+from gptrt.format import CONFIG_FILE, GENERATION_CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from gptrt.schema import decode, read_json
 from gptrt.task import Task
 
@@ -133,6 +133,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "a folder with weights, configuration and tokenizer",
             found=f"the weights alone, {path}",
             do=f"give {path.parent}",
+        )
+    if (path / MANIFEST_FILE).is_file():
+        raise CheckpointError(
+            "a checkpoint, with weights as training left them",
+            found=f"a bundle, {path}, whose weights are as its graph holds them",
+            do="give what it was converted from",
         )
     folder = resolve_checkpoint(path)
     if not has_weights(folder, WEIGHTS_FILE):

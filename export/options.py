@@ -59,7 +59,8 @@ class ConvertOptions:
         """Raises OptionError for a combination that there is not."""
         if self.mode == "none" or self.mode == "fp16":
             return None
-        return Recipe(self.mode or "int4", *(getattr(self, name) for name in _RECIPE))
+        asked = {name: getattr(self, name) for name in _RECIPE}
+        return Recipe(self.mode or "int4", **asked, half=self.half)
 
     @property
     def half(self) -> bool:

@@ -37,8 +37,9 @@ HEAD_BITS = {8: 8, 4: 4, 2: 4}  # of the matrix that gives the logits, by the bi
 
 # Weights that share a scale, by the bits of most matrices, in wide models and in narrow ones. At 8
 # bits they are fewer: kernels round the inputs of a product in blocks of the same size, and there
-# that costs more than the rounding of the weights.
-_BLOCK, _FINE_BLOCK = {8: 64, 4: 128, 2: 128}, 32
+# that costs more than the rounding of the weights. A processor is the faster the longer they are; a
+# card has no fast kernel for more than 128.
+_BLOCK, _FINE_BLOCK, _LONGEST_ON_CARDS = {8: 64, 4: 256, 2: 128}, 32, 128
 _WIDE = 512  # what a model of fewer columns loses to rounding, it has few weights to make good by
 
 # Of a few hundred rows: their size is no matter, their errors are.
@@ -55,7 +56,8 @@ class Recipe:
     `head_bits` is of the vocabulary matrix, the most sensitive one: where it is the embedding too,
     it is stored once. Left out, an eighth of its rows, the most frequent tokens, have 8 bits; or,
     with `bits_per_weight`, a budget over all parameters, as many as it leaves room for, for which
-    the rarest may have 2. With `projection` it is rounded in a basis of its own.
+    the rarest may have 2. With `projection` it is rounded in a basis of its own. `half` is
+    whether activations are in fp16, as for a card.
     Raises OptionError for a combination that there is not.
     """
 
@@ -66,6 +68,7 @@ class Recipe:
     symmetric: bool | None = None
     projection: bool | None = None
     bits_per_weight: float | None = None
+    half: bool = False
 
     def __post_init__(self) -> None:
         size = _FINE_BLOCK if self.block_size is None else self.block_size
@@ -145,14 +148,25 @@ class Recipe:
         symmetric = self.symmetric
         if symmetric is None:
             symmetric = self.chosen_method not in _OWN_ZEROS
-        size = self.block_size or (_BLOCK[self.bits] if config.n_embd >= _WIDE else _FINE_BLOCK)
         formats: Formats = {}
         for name, shape in matrix_shapes(config).items():
             # Tables that rows are gathered from are symmetric: one kernel reads both.
             even = symmetric or name in ("wte.weight", "wpe.weight")
             for part, bits in self._bits_of_parts(name, shape, vocabulary).items():
-                formats[part] = BlockFormat(bits, size, even).within(shape[1])
+                formats[part] = self._format(config, bits, shape[1], symmetric=even)
         return formats
+
+    def _format(
+        self, config: ModelConfig, bits: int, columns: int, *, symmetric: bool
+    ) -> BlockFormat:
+        """In blocks as long as asked; else in fine ones where the model is narrow, and where it is
+        wide in those that are fastest."""
+        if self.block_size is not None or config.n_embd < _WIDE:
+            return BlockFormat(bits, self.block_size or _FINE_BLOCK, symmetric).within(columns)
+        size = _BLOCK[self.bits]
+        if self.half:
+            return BlockFormat(bits, min(size, _LONGEST_ON_CARDS), symmetric).within(columns)
+        return BlockFormat(bits, size, symmetric).fastest_within(columns)
 
     @property
     def _splits_vocabulary(self) -> bool:

@@ -78,6 +78,11 @@ def test_a_folder_that_is_not_whole_is_refused(
     assert_refused(result, *words)
 
 
+def test_a_bundle_is_no_checkpoint_to_convert(bundle: Path, tmp_path: Path) -> None:
+    result = run_cli(gptrt_export, "convert", bundle, "--out", tmp_path / "again")
+    assert_refused(result, "a bundle", "what it was converted from")
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_weights_that_pytorch_pickled_are_the_model(
     shards: int, saved: dict[str, Path], tmp_path: Path

@@ -217,6 +217,34 @@ def test_a_quantized_graph_computes_with_the_matrices_that_it_stores(
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("activations", "wanted"),
+    [("fp32", {576: {128}, 2304: {256}}), ("fp16", {576: {64}, 2304: {128}})],
+)
+def test_rows_of_a_wide_model_are_cut_as_its_device_is_fastest_with(
+    activations: str,
+    wanted: dict[int, set[int]],
+    save_model: Callable[[GPT], Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    wide = replace(GPT2_SHAPE, n_layer=1, n_head=9, n_kv_head=9, n_embd=576, head_dim=64)
+    model = scrambled(replace(wide, n_inner=2304))
+    options = {"mode": "int4", "method": "nearest", "activations": activations}
+    decoder = open_decoder(model, save_model, text_file, tmp_path, **options)
+    found: dict[int, set[int]] = {}
+    for node in ir.load(tmp_path / "bundle" / "model.onnx").graph:
+        if node.op_type == "MatMulNBits" and node.attributes["bits"].as_int() == 4:
+            columns, size = (node.attributes[key].as_int() for key in ("K", "block_size"))
+            found.setdefault(columns, set()).add(size)
+    assert found == wanted
+    ids = np.random.default_rng(0).integers(0, 300, 32)[None]
+    logits = decoder.run(ids, decoder.new_cache(32), keep=0)
+    with torch.no_grad():
+        reference = load_bundle(tmp_path / "bundle").model().eval()(torch.from_numpy(ids)).numpy()
+    assert np.linalg.norm(logits - reference) / np.linalg.norm(reference) < 0.05
+
+
 def test_a_tied_matrix_is_stored_once_and_every_matrix_is_quantized(
     save_model: Callable[[GPT], Path], text_file: Path, tmp_path: Path
 ) -> None:

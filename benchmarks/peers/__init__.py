@@ -85,9 +85,9 @@ PEERS = (
                 scores=True,
             ),
             Kind(
-                "int4 for speed",
+                "int4 throughout",
                 4,
-                {"quantize": "int4", "head-bits": 4, "block-size": 256},
+                {"quantize": "int4", "head-bits": 4},
                 families=_ALL,
                 scores=True,
             ),
